@@ -1,0 +1,61 @@
+"""What a denoiser is, and the wrappers that count its calls or limit its output."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evodiff.schedule import Node, NoiseSchedule
+
+
+class Denoiser(Protocol):
+    """The data prediction D(x, t) = E[x_0 | x_t = x], with the noise schedule it was trained or written for."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        """x [B, C, H, W] at `node` -> D of the same shape, dtype and device."""
+        ...
+
+
+class Counting:
+    """Counts calls: one call is one NFE, guided or not."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        self.nfe += 1
+        return self.denoiser(x, node)
+
+
+class Clipped:
+    """D clipped to [-bound, bound] (DDPM's clip_denoised)."""
+
+    def __init__(self, denoiser: Denoiser, bound: float = 1.0):
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.bound = bound
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        return self.denoiser(x, node).clamp(-self.bound, self.bound)
+
+
+class DynamicThreshold:
+    """Imagen's dynamic thresholding (arXiv 2205.11487, section 2.3).
+
+    Per sample, s = max(`bound`, the `ratio` quantile of |D|); D is clipped to [-s, s] and divided by s / bound.
+    """
+
+    def __init__(self, denoiser: Denoiser, ratio: float = 0.995, bound: float = 1.0):
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.ratio, self.bound = ratio, bound
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        D = self.denoiser(x, node)
+        s = torch.quantile(D.flatten(1).abs(), self.ratio, dim=1).clamp(min=self.bound)
+        s = s.view(-1, *[1] * (D.ndim - 1))
+        return D.clamp(-s, s) * (self.bound / s)

@@ -1,0 +1,173 @@
+"""Time grids: the nodes a solver visits, how they are spaced, and how many of them a budget of NFE allows."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from evodiff.errors import BudgetError, ConfigError
+from evodiff.schedule import Node, NoiseSchedule
+
+if TYPE_CHECKING:
+    from evodiff.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """Nodes t_0 > t_1 > ... > t_N of a schedule: N steps from noise to data."""
+
+    nodes: tuple[Node, ...]
+    schedule: NoiseSchedule
+
+    def __post_init__(self) -> None:
+        if len(self.nodes) < 2:
+            raise ConfigError(f"a time grid needs at least 2 nodes, this one has {len(self.nodes)}")
+        for a, b in zip(self.nodes, self.nodes[1:], strict=False):
+            if not a.t > b.t:
+                raise ConfigError(f"the times of a grid must fall strictly, but {a.t:.6g} is followed by {b.t:.6g}")
+
+    @classmethod
+    def at(cls, times: list[float], schedule: NoiseSchedule) -> "TimeGrid":
+        return cls(tuple(schedule.node(t) for t in times), schedule)
+
+    def __len__(self) -> int:
+        """The number of steps N."""
+        return len(self.nodes) - 1
+
+    def steps(self) -> Iterator["Step"]:
+        return (Step(self, i) for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step i of a grid: from node s to node t."""
+
+    grid: TimeGrid
+    i: int
+
+    @property
+    def s(self) -> Node:
+        return self.grid.nodes[self.i]
+
+    @property
+    def t(self) -> Node:
+        return self.grid.nodes[self.i + 1]
+
+    @cached_property
+    def h(self) -> float:
+        """Step in half-log-SNR, lam_t - lam_s > 0."""
+        return self.t.lam - self.s.lam
+
+    @property
+    def left(self) -> int:
+        """Steps still to do, this one included: 1 in the last step."""
+        return len(self.grid) - self.i
+
+    @property
+    def previous(self) -> "Step":
+        """The step that arrived at s."""
+        if self.i == 0:
+            raise IndexError("the first step has no previous one")
+        return Step(self.grid, self.i - 1)
+
+    def at(self, r: float) -> Node:
+        """The node inside the step whose half-log-SNR is lam_s + r h."""
+        return self.grid.schedule.node(self.grid.schedule.t_at(self.s.lam + r * self.h))
+
+
+class Spacing(Protocol):
+    """Where n steps between t_start and t_end put their n + 1 times."""
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class LogSNR:
+    """Uniform in half-log-SNR (DPM-Solver, arXiv 2206.00927, section 3.1)."""
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        a, b = schedule.node(t_start).lam, schedule.node(t_end).lam
+        inner = [schedule.t_at(a + (b - a) * i / n) for i in range(1, n)]
+        return [t_start, *inner, t_end]
+
+
+@dataclass(frozen=True)
+class Karras:
+    """Uniform in kappa^(1/rho), kappa = sigma/alpha (EDM, arXiv 2206.00364, eq. 5)."""
+
+    rho: float = 7.0
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        a, b = (schedule.node(t).kappa ** (1 / self.rho) for t in (t_start, t_end))
+        inner = [schedule.t_at(-self.rho * math.log(a + (b - a) * i / n)) for i in range(1, n)]
+        return [t_start, *inner, t_end]
+
+
+@dataclass(frozen=True)
+class TimeUniform:
+    """Uniform in t^(1/power): power 1 is uniform time, 2 is DDIM's quadratic spacing (arXiv 2010.02502, D.2)."""
+
+    power: float = 1.0
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        a, b = t_start ** (1 / self.power), t_end ** (1 / self.power)
+        inner = [(a + (b - a) * i / n) ** self.power for i in range(1, n)]
+        return [t_start, *inner, t_end]
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """Times from a JSON file: a list of falling numbers, or a mapping from the number of steps to such a list."""
+
+    path: str
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        try:
+            content = json.loads(Path(self.path).read_text())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"grid file {self.path}: {e}. Expected JSON: a list of falling times.") from e
+        times = content.get(str(n)) if isinstance(content, dict) else content
+        if times is None:
+            raise ConfigError(f"grid file {self.path} has no grid of {n} steps; it has {', '.join(content)}")
+        if not isinstance(times, list) or not all(isinstance(t, int | float) for t in times):
+            raise ConfigError(f"grid file {self.path}: expected a list of numbers")
+        if len(times) != n + 1:
+            raise ConfigError(f"grid file {self.path} holds {len(times) - 1} steps, but {n} are asked for")
+        if not all(a > b for a, b in zip(times, times[1:], strict=False)) or times[-1] < 0:
+            raise ConfigError(f"grid file {self.path}: the times must fall strictly and end at 0 or above: {times}")
+        if times[0] > schedule.t_start * (1 + 1e-9):
+            raise ConfigError(f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}")
+        return [float(t) for t in times]
+
+
+def grid_for(
+    nfe: int,
+    solver: "Solver",
+    spacing: Spacing,
+    schedule: NoiseSchedule,
+    *,
+    denoise_final: bool = False,
+    t_start: float | None = None,
+    t_end: float | None = None,
+) -> TimeGrid:
+    """The grid on which `solver` spends exactly `nfe` evaluations, a final denoising call included.
+
+    Raises BudgetError, naming the nearest possible NFE, if no number of steps costs exactly that.
+    """
+    costs: list[int] = []
+    while not costs or costs[-1] < nfe:
+        costs.append(solver.evaluations(len(costs) + 1) + denoise_final)
+    if costs[-1] != nfe:
+        near = [c for c in costs[-2:] if c > 0]
+        raise BudgetError(
+            f"{type(solver).__name__} cannot spend exactly nfe={nfe} (denoise_final={denoise_final}). "
+            f"Nearest: nfe={' or '.join(map(str, near))}."
+        )
+    t_start = schedule.t_start if t_start is None else t_start
+    t_end = schedule.t_end if t_end is None else t_end
+    if not t_start > t_end >= 0:
+        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end at least 0")
+    return TimeGrid.at(spacing.times(len(costs), schedule, t_start, t_end), schedule)

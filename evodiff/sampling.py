@@ -1,0 +1,85 @@
+"""The loop, and the way from seeds to images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evodiff.denoiser import Counting, Denoiser
+from evodiff.errors import SamplingError
+from evodiff.grid import TimeGrid
+from evodiff.noise import Noise, SeededNoise
+from evodiff.solvers.base import Solver
+
+
+@torch.no_grad()
+def integrate(
+    solver: Solver,
+    denoise: Denoiser,
+    x: Tensor,
+    grid: TimeGrid,
+    noise: Noise | None = None,
+    denoise_final: bool = False,
+) -> Tensor:
+    """From x at the first node of `grid` to the last one, and with `denoise_final` to D there. The only loop."""
+    state = solver.init(noise)
+    for step in grid.steps():
+        x, state = solver.step(denoise, x, step, state)
+    return denoise(x, grid.nodes[-1]) if denoise_final else x
+
+
+def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
+    """[-1, 1] -> 0..255: `round` is round(127.5 x + 127.5) clipped; `truncate` drops the fraction (older scripts)."""
+    grey = 127.5 * x.double() + 127.5
+    grey = grey.round() if rounding == "round" else grey.floor()
+    return grey.clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One batch: `x` is what the sampler returned [B, C, H, W], `images` the same as uint8."""
+
+    seeds: tuple[int, ...]
+    x: Tensor
+    images: Tensor
+    nfe: int
+
+
+def generate(
+    denoiser: Denoiser,
+    solver: Solver,
+    grid: TimeGrid,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    *,
+    denoise_final: bool = False,
+    noise: Any = SeededNoise,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+    rounding: str = "round",
+) -> Generated:
+    """Sample one image [C, H, W] = `shape` per seed, in one batch.
+
+    Raises SamplingError if the network was called another number of times than the solver declares, or if the result
+    is not finite.
+    """
+    first = grid.nodes[0]
+    source: Noise = noise(seeds)
+    # x_T = sigma z; on VP schedules sigma is 1 up to rounding, and papers start from z itself
+    scale = first.sigma if first.alpha == 1 else 1.0
+    x = source.latents(shape).to(device, dtype) * scale
+    counting = Counting(denoiser)
+    x = integrate(solver, counting, x, grid, source, denoise_final)
+    declared = solver.evaluations(len(grid)) + denoise_final
+    if counting.nfe != declared:
+        raise SamplingError(f"{solver} declares {declared} evaluations on {len(grid)} steps but made {counting.nfe}")
+    bad = [seed for seed, ok in zip(seeds, x.flatten(1).isfinite().all(1).tolist(), strict=True) if not ok]
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise SamplingError(
+            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): the network returned NaN or inf, or the "
+            f"solver diverged. Nothing of this batch was kept; check the checkpoint, or try another precision or solver."
+        )
+    return Generated(tuple(seeds), x, to_uint8(x, rounding), counting.nfe)

@@ -1,0 +1,100 @@
+"""The solver contract, and the shape that every multistep method of this field has.
+
+A solver is frozen configuration; what evolves is a value that `step` takes and returns. A solver used twice gives
+the same twice.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.grid import Step
+from evodiff.noise import Noise
+from evodiff.schedule import Node
+
+State = Any
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """One numerical method for the diffusion ODE or SDE."""
+
+    stochastic: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def global_order(self) -> float:
+        """Order of convergence p: the error on N steps falls like N^-p. The order test holds the solver to it."""
+
+    def evaluations(self, steps: int) -> int:
+        """Network evaluations of `steps` steps. The budget test holds the solver to it."""
+        return steps
+
+    def init(self, noise: Noise | None) -> State:
+        """The state before the first step."""
+        return ()
+
+    @abstractmethod
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
+        """From x at `step.s` to x at `step.t`."""
+
+
+class Past(NamedTuple):
+    """What a multistep method remembers of a node it has seen."""
+
+    node: Node
+    x: Tensor
+    """The state there, after correction: where the step from here starts."""
+    m: Tensor
+    """The model term there: the data prediction, unless `model_term` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Multistep(Solver):
+    """Evaluate, correct the arrival, remember, predict the next: one evaluation per step.
+
+    `order` is the highest order used; the first steps use what history there is. With `lower_order_final` the
+    last steps wind down to first order.
+    """
+
+    order: int = 2
+    lower_order_final: bool = True
+    orders: ClassVar[tuple[int, ...]] = (1, 2, 3)
+
+    def __post_init__(self) -> None:
+        if self.order not in self.orders:
+            known = ", ".join(map(str, self.orders))
+            raise ConfigError(f"{type(self).__name__}: order={self.order} does not exist; possible: {known}")
+
+    @property
+    def memory(self) -> int:
+        """How many nodes are remembered."""
+        return self.order
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, past: State) -> tuple[Tensor, State]:
+        m = self.model_term(denoise(x, step.s), x, step.s)
+        if past:
+            x = self.correct(x, m, step.previous, past)
+        past = (*past, Past(step.s, x, m))[-self.memory :]
+        return self.predict(step, past), past
+
+    def order_at(self, step: Step) -> int:
+        """The order of this step: limited by the history so far and, winding down, by the steps left."""
+        order = min(self.order, step.i + 1)
+        return min(order, step.left) if self.lower_order_final else order
+
+    def model_term(self, D: Tensor, x: Tensor, node: Node) -> Tensor:
+        """What the method extrapolates; the data prediction here."""
+        return D
+
+    def correct(self, x: Tensor, m: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
+        """The arrival x of `step`, improved by the model term m at x; `past[-1]` is where `step` started."""
+        return x
+
+    @abstractmethod
+    def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
+        """From `past[-1].x` at `step.s` to `step.t`; `past` has the newest last."""
