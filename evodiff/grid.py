@@ -144,7 +144,7 @@ class FromFile:
 
 
 def grid_for(
-    nfe: int,
+    nfe: int | None,
     solver: "Solver",
     spacing: Spacing,
     schedule: NoiseSchedule,
@@ -155,19 +155,32 @@ def grid_for(
 ) -> TimeGrid:
     """The grid on which `solver` spends exactly `nfe` evaluations, a final denoising call included.
 
-    Raises BudgetError, naming the nearest possible NFE, if no number of steps costs exactly that.
+    An adaptive solver takes nfe=None and gets one step. Raises BudgetError, naming the nearest possible NFE, if no
+    number of steps costs exactly `nfe`.
     """
+    t_start = schedule.t_start if t_start is None else t_start
+    t_end = schedule.t_end if t_end is None else t_end
+    if not t_start > t_end > 0:
+        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end above 0")
+    steps = steps_for(nfe, solver, denoise_final)
+    return TimeGrid.at(spacing.times(steps, schedule, t_start, t_end), schedule)
+
+
+def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:
+    """How many steps of `solver`, and a final denoising call if asked for, spend exactly `nfe` evaluations."""
+    name = type(solver).__name__
+    if solver.adaptive:
+        if nfe is not None:
+            raise BudgetError(f"{name} chooses its own steps, so nfe={nfe} cannot be set. Use nfe=null; set rtol and atol.")
+        return 1
+    if nfe is None:
+        raise BudgetError(f"{name} needs a budget: nfe=null is for adaptive solvers. Set nfe to a number above 0.")
     costs: list[int] = []
     while not costs or costs[-1] < nfe:
         costs.append(solver.evaluations(len(costs) + 1) + denoise_final)
     if costs[-1] != nfe:
-        near = [c for c in costs[-2:] if c > 0]
+        nearest = " or ".join(str(c) for c in costs[-2:])
         raise BudgetError(
-            f"{type(solver).__name__} cannot spend exactly nfe={nfe} (denoise_final={denoise_final}). "
-            f"Nearest: nfe={' or '.join(map(str, near))}."
+            f"{name} cannot spend exactly nfe={nfe} (denoise_final={denoise_final}). Nearest: nfe={nearest}."
         )
-    t_start = schedule.t_start if t_start is None else t_start
-    t_end = schedule.t_end if t_end is None else t_end
-    if not t_start > t_end >= 0:
-        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end at least 0")
-    return TimeGrid.at(spacing.times(len(costs), schedule, t_start, t_end), schedule)
+    return len(costs)

@@ -24,6 +24,8 @@ class Solver(ABC):
     """One numerical method for the diffusion ODE or SDE."""
 
     stochastic: ClassVar[bool] = False
+    adaptive: ClassVar[bool] = False
+    """The solver chooses its own steps inside a grid of one step: NFE is a result, not a budget."""
 
     @property
     @abstractmethod
@@ -33,6 +35,10 @@ class Solver(ABC):
     def evaluations(self, steps: int) -> int:
         """Network evaluations of `steps` steps. The budget test holds the solver to it."""
         return steps
+
+    def for_budget(self, nfe: int) -> "Solver":
+        """This solver for a budget of `nfe` steps' evaluations: singlestep methods choose their orders by it."""
+        return self
 
     def init(self, noise: Noise | None) -> State:
         """The state before the first step."""

@@ -1,0 +1,26 @@
+"""A pretrained model as the rest of the project sees it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a `configs/model/*.yaml` builds.
+
+    `denoiser(labels)` is D(x, node) for one batch: `labels` int64 [B], or None for an unconditional model or the
+    unconditional branch of guidance. `shape` is [C, H, W] of one sample, in [-1, 1] unless `decode` turns samples into
+    images [B, 3, H', W'] in [-1, 1] (latent models). `files` maps each weight file to its sha256, for the records.
+    """
+
+    denoiser: Callable[[Tensor | None], Denoiser]
+    shape: tuple[int, int, int]
+    num_classes: int = 0
+    decode: Callable[[Tensor], Tensor] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")
