@@ -20,3 +20,7 @@ class StoreError(EvodiffError):
 
 class SamplingError(EvodiffError):
     """The sampler cannot go on: a network that returns NaN, a solver asked for what it cannot do."""
+
+
+class MetricError(EvodiffError):
+    """Images, features or reference statistics that cannot be scored."""

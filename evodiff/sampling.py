@@ -1,8 +1,7 @@
 """The loop, and the way from seeds to images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,25 +54,28 @@ def generate(
     shape: Sequence[int],
     *,
     denoise_final: bool = False,
-    noise: Any = SeededNoise,
+    noise: Noise | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float64,
     rounding: str = "round",
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Generated:
-    """Sample one image [C, H, W] = `shape` per seed, in one batch.
+    """Sample one image per seed, in one batch: `shape` [C, H, W] is that of the state, which `decode` turns to images.
+
+    `noise` is by default that of the seeds.
 
     Raises SamplingError if the network was called another number of times than the solver declares, or if the result
     is not finite.
     """
     first = grid.nodes[0]
-    source: Noise = noise(seeds)
+    noise = noise or SeededNoise(seeds)
     # x_T = sigma z; on VP schedules sigma is 1 up to rounding, and papers start from z itself
     scale = first.sigma if first.alpha == 1 else 1.0
-    x = source.latents(shape).to(device, dtype) * scale
+    x = noise.latents(shape).to(device, dtype) * scale
     counting = Counting(denoiser)
-    x = integrate(solver, counting, x, grid, source, denoise_final)
+    x = integrate(solver, counting, x, grid, noise, denoise_final)
     declared = solver.evaluations(len(grid)) + denoise_final
-    if counting.nfe != declared:
+    if counting.nfe != declared and not solver.adaptive:
         raise SamplingError(f"{solver} declares {declared} evaluations on {len(grid)} steps but made {counting.nfe}")
     bad = [seed for seed, ok in zip(seeds, x.flatten(1).isfinite().all(1).tolist(), strict=True) if not ok]
     if bad:
@@ -82,4 +84,4 @@ def generate(
             f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): the network returned NaN or inf, or the "
             f"solver diverged. Nothing of this batch was kept; check the checkpoint, or try another precision or solver."
         )
-    return Generated(tuple(seeds), x, to_uint8(x, rounding), counting.nfe)
+    return Generated(tuple(seeds), x, to_uint8(decode(x) if decode else x, rounding), counting.nfe)

@@ -1,8 +1,12 @@
 """Exact denoisers: a mixture of isotropic Gaussians, whose posterior mean is known in closed form."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from evodiff.errors import ConfigError
+from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import EDM, Node, NoiseSchedule
 
 
@@ -27,3 +31,22 @@ class GaussianMixture:
         gain = node.alpha * stds**2 / v
         D = (w @ (means * (1 - gain * node.alpha)[:, None])) + (w @ gain)[:, None] * flat
         return D.view_as(x)
+
+
+def mixture(
+    shape: Sequence[int] = (3, 8, 8),
+    components: int = 10,
+    std: float = 0.1,
+    seed: int = 0,
+    schedule: NoiseSchedule | None = None,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """A mixture of `components` Gaussians with random means in [-1, 1]: every solver's error can be known exactly."""
+    if components < 1 or std <= 0:
+        raise ConfigError(f"mixture: components={components} must be at least 1 and std={std} above 0")
+    random = torch.Generator().manual_seed(seed)
+    means = (2 * torch.rand(components, *shape, generator=random, dtype=torch.float64) - 1).to(device)
+    stds = torch.full((components,), std, dtype=torch.float64)
+    denoiser = GaussianMixture(means, stds, torch.full_like(stds, 1 / components), schedule)
+    channels, height, width = shape
+    return Pretrained(lambda labels: denoiser, shape=(channels, height, width), device=torch.device(device))

@@ -1,0 +1,160 @@
+"""Hydra configurations: composing them, building what they name, and saying what was misspelt."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import hydra.utils
+from hydra import compose as hydra_compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evodiff.errors import ConfigError, EvodiffError
+from evodiff.paths import CONFIGS
+
+
+def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """`configs/<root>.yaml` with overrides in Hydra's syntax, resolved.
+
+    The chosen file of each group is kept as its `name`. Raises ConfigError, naming the nearest valid key or choice.
+    """
+    outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = hydra_compose(root, list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(_explain(root, overrides, e)) from e
+    finally:
+        Singleton.set_state(outer)
+    return named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices))
+
+
+def named(cfg: DictConfig, choices: Any) -> DictConfig:
+    """The configuration without Hydra's own part, with the chosen file of each group as its `name`."""
+    cfg = cfg.copy()
+    OmegaConf.set_readonly(cfg, False)
+    with_names = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    OmegaConf.set_struct(with_names, False)
+    for group, choice in choices.items():
+        if group in with_names and choice:
+            with_names[group] = {"name": choice, **with_names[group]}
+    try:
+        OmegaConf.resolve(with_names)
+        missing = OmegaConf.missing_keys(with_names)
+    except OmegaConfBaseException as e:
+        raise ConfigError(str(e).splitlines()[0]) from e
+    if missing:
+        raise ConfigError(f"{', '.join(sorted(missing))} must be given: no default exists. Add {min(missing)}=...")
+    return with_names
+
+
+def build(config: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a configuration's `_target_` makes of its fields. Raises ConfigError."""
+    fields = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
+    name = fields.pop("name", fields.get("_target_"))
+    try:
+        return hydra.utils.instantiate(fields, *args, _convert_="all", **kwargs)
+    except HydraException as e:
+        cause: BaseException = e
+        while cause.__cause__ is not None and not isinstance(cause, EvodiffError):
+            cause = cause.__cause__
+        if isinstance(cause, EvodiffError):
+            raise cause from None
+        raise ConfigError(f"{name} cannot be built: {' '.join(str(cause).split())}") from e
+
+
+def essential(config: Any) -> Any:
+    """A configuration without the fields that only repeat the defaults of their `_target_`.
+
+    What remains names a run, so that a new field with a default leaves the runs of yesterday where they are.
+    """
+    if isinstance(config, Mapping):
+        defaults: Mapping[str, inspect.Parameter] = {}
+        if "_target_" in config:
+            defaults = inspect.signature(hydra.utils.get_object(config["_target_"])).parameters
+        return {
+            key: essential(value)
+            for key, value in config.items()
+            if key not in defaults or _plain(defaults[key].default) != _plain(value)
+        }
+    return [essential(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def choices(group: str) -> list[str]:
+    """The files of a config group, without extension."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?`, or an empty string if nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def parse_range(text: str) -> range:
+    """`first-last` or a single number: an inclusive range of seeds. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text).strip())
+    if not match:
+        raise ConfigError(f"seeds={text} is no range of seeds. Expected first-last, both at least 0, like seeds=0-999.")
+    first = int(match[1])
+    last = int(match[2] or first)
+    if last < first:
+        raise ConfigError(f"seeds={text} is empty: {last} is before {first}. Expected first-last, like seeds=0-999.")
+    return range(first, last + 1)
+
+
+def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
+    """One line on what is wrong with the overrides: Hydra's own words only where nothing better is known."""
+    known = _keys(root)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            return f"{text!r} is no override. Expected key=value, like nfe=10 or solver=ddim."
+        key, value = override.key_or_group, override.value()
+        group = CONFIGS / key
+        if group.is_dir() and isinstance(value, str) and value not in choices(key):
+            return f"{key}={value} does not exist.{nearest(value, choices(key))} Possible: {', '.join(choices(key))}."
+        if override.is_add() or group.is_dir() or key.split(".")[0] == "hydra":
+            continue
+        head = key.split(".")[0]
+        if key not in known and not (head in known and "." not in key):
+            fields = _fields(root, overrides, head) if "." in key else known
+            if key not in fields:
+                possible = ", ".join(sorted(fields)) or f"{head} has no fields"
+                return f"{key} is no key of the configuration.{nearest(key, fields)} Possible: {possible}."
+    return " ".join(str(error).split())
+
+
+def _keys(root: str) -> set[str]:
+    raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
+    assert isinstance(raw, dict)
+    groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry}
+    return ({str(key) for key in raw} | groups) - {"defaults", "hydra"}
+
+
+def _fields(root: str, overrides: Sequence[str], group: str) -> set[str]:
+    """Valid `group.field` keys under the chosen file of a group."""
+    raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
+    assert isinstance(raw, dict)
+    choice = {k: v for entry in raw["defaults"] if isinstance(entry, dict) for k, v in entry.items()}.get(group)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        choice = value if key == group else choice
+    path = CONFIGS / group / f"{choice}.yaml"
+    if not path.exists():
+        return _keys(root)
+    return {f"{group}.{key}" for key in OmegaConf.load(Path(path)) if key != "_target_"}

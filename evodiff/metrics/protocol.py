@@ -1,0 +1,132 @@
+"""A protocol: everything besides the images that decides a score, under one name and one hash."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from evodiff.errors import ConfigError, MetricError
+from evodiff.paths import CONFIGS
+
+ROUNDINGS = ("round", "truncate")
+LABEL_POLICIES = ("none", "balanced", "seeded_random")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images become numbers. Two scores are comparable when the hashes of their protocols are equal.
+
+    metric            prefix of the Fréchet distance's name: `fid` is kept for the 2015 Inception
+    extractor         name in `evodiff.metrics.features.EXTRACTORS`
+    extractor_sha256  of its weights file, or the leading 8 hex digits or more; None: not published, not checked
+    resize, scaling   how images are brought to the extractor: `native` is its own way, otherwise see
+                      evodiff.metrics.resize.KERNELS and evodiff.metrics.inception.SCALINGS
+    rounding          how [-1, 1] became uint8: `round` or `truncate` (evodiff.sampling.to_uint8)
+    dataset           what the reference is of
+    reference         file under checkpoints/, or name in the registry
+    reference_sha256  like extractor_sha256
+    n                 number of images; fewer make a proxy, which no table of a paper accepts
+    labels            of class-conditional models: none, balanced or seeded_random
+    feature_dtype, moment_dtype  of the extractor and of everything after it
+    """
+
+    name: str
+    metric: str
+    extractor: str
+    extractor_sha256: str | None
+    resize: str
+    scaling: str
+    rounding: str
+    dataset: str
+    reference: str
+    reference_sha256: str | None
+    n: int
+    labels: str = "none"
+    feature_dtype: str = "float32"
+    moment_dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        allowed = {"rounding": ROUNDINGS, "labels": LABEL_POLICIES}
+        allowed |= {"feature_dtype": ("float32",), "moment_dtype": ("float64",)}
+        for key, values in allowed.items():
+            if getattr(self, key) not in values:
+                raise ConfigError(
+                    f"protocol {self.name}: {key}={getattr(self, key)!r} is not possible; choose {' or '.join(values)}"
+                )
+        if self.n < 2:
+            raise ConfigError(f"protocol {self.name}: n={self.n} is not possible; a covariance needs 2 images or more")
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @cached_property
+    def hash(self) -> str:
+        """8 hex digits of the canonical JSON of all fields."""
+        canonical = json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def describe(self) -> dict[str, Any]:
+        """All fields and the hash, as plain data for a record."""
+        return {**self.fields(), "hash": self.hash}
+
+    def key(self, metric: str, n: int) -> str:
+        """The name under which a metric of n images is reported: `fid@50000`, `kid@50000`; with features that are not
+        the 2015 Inception's also `fd_mnist@5000`, `kid_mnist@5000`."""
+        if metric == "fid" or metric.startswith("fid_"):
+            return f"{self.metric}{metric[3:]}@{n}"
+        return f"{metric}{self.metric.removeprefix('fd') if self.metric != 'fid' else ''}@{n}"
+
+    def is_proxy(self, key: str) -> bool:
+        """Whether the metric of that name was taken on another number of images than the protocol asks for."""
+        return not key.endswith(f"@{self.n}")
+
+    def comparable(self, other: "Protocol | dict[str, Any]") -> None:
+        """Raise MetricError naming the fields that differ, if any does."""
+        theirs = other.fields() if isinstance(other, Protocol) else {k: v for k, v in other.items() if k != "hash"}
+        ours = self.fields()
+        differing = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+        if differing:
+            shown = "; ".join(f"{k}: {ours.get(k)} against {theirs.get(k)}" for k in differing)
+            raise MetricError(
+                f"scores under protocol {self.name} ({self.hash}) and {theirs.get('name')} cannot be compared: {shown}"
+            )
+
+
+def protocol(name: str, **changes: Any) -> Protocol:
+    """The protocol in configs/protocol/NAME.yaml, with entries replaced by `changes`. Raises ConfigError."""
+    files = {p.stem: p for p in (CONFIGS / "protocol").glob("*.yaml") if p.stem != "none"}
+    if name not in files:
+        raise ConfigError(f"no protocol is called {name!r}; there are {', '.join(sorted(files))}")
+    values = OmegaConf.to_container(OmegaConf.load(files[name]), resolve=True)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{files[name]} is no protocol: expected a mapping of fields")
+    return from_dict({**values, **changes})
+
+
+def from_dict(values: Mapping[Any, Any]) -> Protocol:
+    """The inverse of `describe`, and what a composed config means.
+
+    `references` and `reference_sha256s` (mappings by data set) may stand for `reference` and `reference_sha256`.
+    """
+    given = {str(k): v for k, v in values.items() if k != "hash"}
+    references, digests = given.pop("references", None), given.pop("reference_sha256s", None) or {}
+    if references is not None:
+        dataset = given.get("dataset")
+        if dataset not in references:
+            raise ConfigError(
+                f"protocol {given.get('name')} has no reference of {dataset!r}; set protocol.dataset to one of "
+                f"{', '.join(references)}"
+            )
+        given |= {"reference": references[dataset], "reference_sha256": digests.get(dataset)}
+    known = [f.name for f in fields(Protocol)]
+    required = [f.name for f in fields(Protocol) if f.default is MISSING]
+    unknown, missing = sorted(given.keys() - set(known)), [k for k in required if k not in given]
+    if unknown or missing:
+        raise ConfigError(
+            f"protocol {given.get('name')}: unknown fields {unknown}, missing fields {missing}; there are {', '.join(known)}"
+        )
+    return Protocol(**given)

@@ -1,0 +1,59 @@
+"""Progress of long work: a bar on a terminal, a line a minute elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_EVERY = 60.0
+"""Seconds between two lines where the output is no terminal."""
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`; shows the rate and the time left on standard error."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task, started = bar.add_task(label, total=total, rate=""), time.monotonic()
+
+            def advance(n: int) -> None:
+                bar.advance(task, n)
+                done = bar.tasks[0].completed
+                bar.update(task, rate=f"{done / max(time.monotonic() - started, 1e-9):.0f} {unit}/s")
+
+            yield advance
+        return
+
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= LINE_EVERY and done < total:
+            rate = done / (now - started)
+            print(
+                f"{label}: {done}/{total} {unit}, {rate:.1f} {unit}/s, {(total - done) / rate:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+            last = now
+
+    yield advance
+    seconds = max(time.monotonic() - started, 1e-9)
+    print(
+        f"{label}: {done}/{total} {unit} in {seconds:.1f} s, {done / seconds:.0f} {unit}/s",
+        file=sys.stderr,
+        flush=True,
+    )

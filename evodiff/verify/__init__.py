@@ -1,0 +1,1 @@
+"""Comparisons of this installation with recorded reference results: `evodiff verify solvers|networks|metrics`."""
