@@ -45,8 +45,8 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
     figure, axes = plt.subplots(
         len(sheets), len(nfes), figsize=(1.6 * len(nfes) + 1.2, 1.6 * len(sheets)), squeeze=False
     )
-    for row, (label, cells) in zip(axes, sheets.items(), strict=True):
-        for axis, nfe in zip(row, nfes, strict=True):
+    for i, (label, cells) in enumerate(sheets.items()):
+        for axis, nfe in zip(axes[i], nfes, strict=True):
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_visible(False)
@@ -56,11 +56,18 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
                     np.vstack([np.hstack(tiles[i : i + across]) for i in range(0, len(tiles), across)]),
                     cmap="gray",
                 )
-            if row is axes[0]:
+            if i == 0:
                 axis.set_title(f"NFE {nfe}", fontsize=10)
-        row[0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+        axes[i][0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.4)
     _save(figure, path)
+
+
+def mosaic(images: np.ndarray, across: int) -> np.ndarray:
+    """The first `across`^2 images [N, C, H, W] as one [across H, across W, C], without gaps."""
+    _, channels, height, width = images.shape
+    tiles = images[: across**2].reshape(across, across, channels, height, width)
+    return tiles.transpose(0, 3, 1, 4, 2).reshape(across * height, across * width, channels)
 
 
 def save_curves(

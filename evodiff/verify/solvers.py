@@ -89,9 +89,8 @@ def repeat(run: dict[str, Any], arrays: Arrays) -> tuple[float, int]:
     """One recorded run with our solver: relative L2 error of the result (nan counts as inf), and calls made."""
     schedule = SCHEDULES[run["schedule"]]
     nodes = tuple(Node(*map(float, row)) for row in arrays[f"nodes_{run['id']}"])
-    mixture = GaussianMixture(
-        *(_tensor(arrays, f"mixture_{part}") for part in ("means", "stds", "weights")), schedule=schedule
-    )
+    means, stds, weights = (_tensor(arrays, f"mixture_{part}") for part in ("means", "stds", "weights"))
+    mixture = GaussianMixture(means, stds, weights, schedule)
     denoise = Counting(mixture)
     x = _tensor(arrays, "noise") * (nodes[0].sigma if run["schedule"] == "edm" else 1.0)
     solver = SOLVERS[run["solver"]](run["options"], arrays)
