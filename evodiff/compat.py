@@ -1,9 +1,10 @@
 """Importing torchvision beside a torch of another build.
 
-`pip install torch` may give a CPU build while torchvision's wheel was built for CUDA. Its compiled operators then cannot
-be loaded, and `import torchvision` fails with "operator torchvision::nms does not exist", because it attaches shape rules
-to two operators that nobody declared. Declaring these two names first is enough: everything written in Python (the
-Inception network, resizing, data sets) works. Import torchvision, torch_fidelity and pytorch_fid through this module only.
+`pip install torch` may give a CPU build while torchvision's wheel was built for CUDA. Its compiled operators cannot be
+loaded then, and `import torchvision` fails with "operator torchvision::nms does not exist", because it attaches shape
+rules to two operators that nobody declared. Declaring these two names first is enough: everything written in Python
+(the Inception network, transforms, data sets) works. Import torchvision, torch_fidelity and pytorch_fid only after
+`import_torchvision()`.
 """
 
 import importlib

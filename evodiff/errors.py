@@ -24,3 +24,7 @@ class SamplingError(EvodiffError):
 
 class MetricError(EvodiffError):
     """Images, features or reference statistics that cannot be scored."""
+
+
+class CheckpointError(EvodiffError):
+    """A weight file that cannot be had, or that is not what it should be."""

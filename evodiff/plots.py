@@ -51,11 +51,7 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
             for spine in axis.spines.values():
                 spine.set_visible(False)
             if nfe in cells:
-                tiles = cells[nfe][: across**2].transpose(0, 2, 3, 1)
-                axis.imshow(
-                    np.vstack([np.hstack(tiles[i : i + across]) for i in range(0, len(tiles), across)]),
-                    cmap="gray",
-                )
+                axis.imshow(mosaic(cells[nfe], across), cmap="gray")
             if i == 0:
                 axis.set_title(f"NFE {nfe}", fontsize=10)
         axes[i][0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")

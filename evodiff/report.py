@@ -135,7 +135,7 @@ class Table:
             floor = reference_of(job.protocol).provenance.get("noise_floor")
             for metric in self.metrics:
                 if metric.startswith(job.protocol.metric) and floor is not None:
-                    context[metric]["noise floor"] = float(floor["value"] if isinstance(floor, dict) else floor)
+                    context[metric]["noise floor"] = floor["distance"]
         if self.reference and (path := self.record_path(job, self.reference[1].key())):
             record = Record.read(path)
             for metric in self.metrics:

@@ -1,25 +1,216 @@
-"""`evodiff stats` and `evodiff score path=...`."""
+"""`evodiff score path=...` and `evodiff stats build|inspect|convert|diff`."""
 
 import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from evodiff.data import mnist_digits
+import torch
+
+from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.metrics.build import build_reference
+from evodiff.metrics.datasets import DATASETS, dataset_batches
 from evodiff.metrics.features import extractor
+from evodiff.metrics.frechet import frechet_distance
+from evodiff.metrics.images import lossy, read_images
+from evodiff.metrics.moments import Moments
+from evodiff.metrics.protocol import Protocol, protocol
+from evodiff.metrics.reference import Reference
+from evodiff.metrics.score import METRICS, Scorer, score_moments
 from evodiff.paths import CHECKPOINTS
+
+USAGE = """evodiff score path=DIR|ZIP|NPZ protocol=NAME [key=value ...] [--json]
+
+path       a folder or zip of images, an npz of images, a run of this project, or the moments of earlier calls (several
+           with a comma between them)
+protocol   a name in configs/protocol; protocol.FIELD=VALUE changes a field, and with it the hash
+metrics    of %s; with commas, default fid
+weights    file of the extractor, instead of the registry's
+moments    NPZ to write the moments to, for adding up with others
+device, batch"""
+
+
+def score_path_main(argv: list[str]) -> int:
+    """Score images from anywhere as this project's own are scored."""
+    if "-h" in argv or "--help" in argv:
+        print(USAGE % ", ".join(METRICS))
+        return 0
+    options = _options([a for a in argv if a != "--json"])
+    chosen = _protocol(options)
+    paths = [Path(p) for p in options["path"].split(",")]
+    about: dict[str, Any] = {"path": options["path"], "protocol": chosen.describe()}
+    if all(_is_moments(p) for p in paths):
+        metrics = score_moments((Moments.load(p) for p in paths), chosen)
+    elif len(paths) > 1:
+        raise ConfigError("several paths can only be moments; score images from one path at a time")
+    else:
+        weights = Path(options["weights"]) if "weights" in options else None
+        scorer = Scorer(chosen, options["device"], options["metrics"].split(","), weights)
+        for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
+            scorer.add(images)
+        if "moments" in options:
+            scorer.moments.save(Path(options["moments"]))
+        metrics = scorer.result()
+        about["lossy"] = lossy(paths[0])
+    if "--json" in argv:
+        print(json.dumps({**about, "metrics": metrics}, indent=1))
+        return 0
+    for name, value in metrics.items():
+        print(f"{name:<24} {value:.6g}" + (f"   proxy: the protocol asks for {chosen.n}" * chosen.is_proxy(name)))
+    print(f"protocol {chosen.name} {chosen.hash}" + "; some images come from lossy files" * bool(about.get("lossy")))
+    return 0
+
+
+def _options(argv: list[str]) -> dict[str, str]:
+    options = {"device": "cpu", "metrics": "fid", "batch": "64"}
+    known = {*options, "path", "protocol", "weights", "moments"}
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or (key not in known and not key.startswith("protocol.")):
+            raise ConfigError(f"cannot read {argument!r}; there are {', '.join(sorted(known))}, --json")
+        options[key] = value
+    if "path" not in options or "protocol" not in options:
+        raise ConfigError("give both path=DIR|ZIP|NPZ and protocol=NAME")
+    if not options["batch"].isdecimal() or int(options["batch"]) < 1:
+        raise ConfigError(f"batch={options['batch']}: expected a number of images, at least 1")
+    try:
+        torch.empty(1, device=options["device"])
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device={options['device']} is not there: {str(e).splitlines()[0]}") from e
+    return options
+
+
+def _protocol(options: dict[str, str]) -> Protocol:
+    from omegaconf import OmegaConf
+
+    changes = [f"{k.removeprefix('protocol.')}={v}" for k, v in options.items() if k.startswith("protocol.")]
+    chosen = protocol(options["protocol"], **{str(k): v for k, v in OmegaConf.from_dotlist(changes).items()})
+    if "weights" in options:
+        # other weights are another protocol: the hash says so
+        if not Path(options["weights"]).is_file():
+            raise ConfigError(f"weights={options['weights']} is not there")
+        chosen = replace(chosen, extractor_sha256=sha256(Path(options["weights"])))
+    return chosen
+
+
+def _is_moments(path: Path) -> bool:
+    import numpy as np
+
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with np.load(path) as file:
+            return {"n", "total", "outer"} <= set(file)
+    except Exception:  # whatever else it is, the reader of images says so
+        return False
 
 
 def stats_main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="evodiff stats", description="Reference statistics")
-    commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="make reference statistics of real images")
-    build.add_argument("dataset")
-    args = parser.parse_args(argv)
-    images, _ = mnist_digits()
-    reference = build_reference(
-        images.split(500), extractor("mnist_classifier"), dataset="mnist_digits", crop="none", resize="pad 28 to 32"
+    parser = argparse.ArgumentParser(
+        prog="evodiff stats", description="Statistics of real images, to which scores refer"
     )
-    path = CHECKPOINTS / "mnist_reference" / "fd_mnist.npz"
-    reference.save(path)
-    print(f"{path}: {reference.gaussian.n} images, sha256 {sha256(path)}, noise floor {reference.provenance['noise_floor']}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="make them of real images")
+    build.add_argument("dataset", help=f"mnist, {', '.join(DATASETS)}, or a folder, zip or npz of images")
+    build.add_argument("--protocol", help="whose extractor and resize to use (default for mnist: mnist)")
+    build.add_argument("--out", type=Path, help="default: checkpoints/<protocol>_reference/<dataset>.npz")
+    build.add_argument("--weights", type=Path, help="file of the extractor, instead of the registry's")
+    build.add_argument("--root", type=Path, default=CHECKPOINTS / "cache" / "datasets", help="of torchvision's data")
+    build.add_argument("--limit", type=int, help="only the first images of a named data set")
+    build.add_argument("--device", default="cpu")
+    build.add_argument("--batch", type=int, default=64)
+    build.set_defaults(run=_build)
+    inspect = commands.add_parser("inspect", help="say what a file holds, and check it")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(run=_inspect)
+    convert = commands.add_parser("convert", help="EDM, pytorch-fid, TF-GAN, ADM or torch-fidelity file to our format")
+    convert.add_argument("file", type=Path)
+    convert.add_argument("out", type=Path)
+    convert.add_argument("--count", type=int, help="number of images behind mu and sigma, if known")
+    convert.add_argument("--dataset", help="name of the data set, for the provenance")
+    convert.set_defaults(run=_convert)
+    diff = commands.add_parser("diff", help="compare two files; exit 1 if they differ by more than rounding")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    diff.set_defaults(run=_diff)
+    args = parser.parse_args(argv)
+    result: int = args.run(args)
+    return result
+
+
+def _build(args: argparse.Namespace) -> int:
+    name = args.protocol or ("mnist" if args.dataset == "mnist" else None)
+    if name is None:
+        raise ConfigError("say with --protocol whose extractor and resize the statistics are for")
+    chosen = protocol(name)
+    extract = extractor(chosen.extractor, args.device, chosen.resize, chosen.scaling, args.weights)
+    out = args.out
+    if out is None:
+        file = f"{chosen.metric}.npz" if args.dataset == "mnist" else f"{Path(args.dataset).stem}.npz"
+        out = CHECKPOINTS / f"{chosen.name}_reference" / file
+    batches, about = dataset_batches(args.dataset, args.root, extract.channels, args.batch, args.limit)
+    reference = build_reference(batches, extract, chosen, **about)
+    reference.save(out)
+    print(f"{out}\nsha256 {sha256(out)}")
+    _describe(reference)
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    reference = Reference.load(args.file)
+    if args.json:
+        print(json.dumps({"sha256": sha256(args.file), **_facts(reference)}, indent=1))
+    else:
+        print(f"{args.file}\nsha256 {sha256(args.file)}")
+        _describe(reference)
+    return 0
+
+
+def _facts(reference: Reference) -> dict[str, Any]:
+    eigenvalues = torch.linalg.eigvalsh(reference.gaussian.cov)
+    return {
+        "count": reference.gaussian.n,
+        "dim": reference.dim,
+        "spatial_dim": len(reference.spatial.mean) if reference.spatial else None,
+        "features": None if reference.features is None else list(reference.features.shape),
+        "trace": reference.gaussian.cov.trace().item(),
+        "eigenvalues": [eigenvalues[0].item(), eigenvalues[-1].item()],
+        **reference.provenance,
+    }
+
+
+def _describe(reference: Reference) -> None:
+    for key, value in _facts(reference).items():
+        print(f"{key:<20} {'unknown' if value is None else value}")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    reference = Reference.load(args.file)
+    n = args.count if args.count is not None else reference.gaussian.n
+    if reference.features is not None and n != len(reference.features):
+        raise ConfigError(f"{args.file} holds the features of {len(reference.features)} images, not of {n}")
+    about = {**reference.provenance, "source_sha256": sha256(args.file)}
+    if args.dataset:
+        about["dataset"] = args.dataset
+    converted = replace(reference, gaussian=replace(reference.gaussian, n=n), provenance=about)
+    converted.save(args.out)
+    print(f"{args.out}\nsha256 {sha256(args.out)}")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    a, b = Reference.load(args.a), Reference.load(args.b)
+    facts = [{**r.provenance, "count": r.gaussian.n, "dim": r.dim} for r in (a, b)]
+    for key in sorted(facts[0].keys() | facts[1].keys()):
+        values = [f.get(key) for f in facts]
+        if values[0] != values[1]:
+            print(f"{key:<20} {values[0]}  |  {values[1]}")
+    distance = frechet_distance(a.gaussian, b.gaussian)
+    scale = max(g.cov.trace().item() + g.mean.square().sum().item() for g in (a.gaussian, b.gaussian))
+    print(f"{'mean':<20} max difference {(a.gaussian.mean - b.gaussian.mean).abs().max().item():.3e}")
+    print(f"{'covariance':<20} max difference {(a.gaussian.cov - b.gaussian.cov).abs().max().item():.3e}")
+    print(f"{'fréchet distance':<20} {distance:.6g}")
+    return int(distance > 1e-6 * scale)

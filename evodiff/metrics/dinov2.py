@@ -37,4 +37,4 @@ def dinov2(weights: Path | None, device: torch.device) -> Extractor:
     def forward(images: Tensor) -> Features:
         return Features(network(images)[0])
 
-    return Extractor("dinov2", sha256(file) if file.exists() else "", 3, 1024, device, forward)
+    return Extractor("dinov2", sha256(file) if file.exists() else "", 3, 1024, 0, device, forward)

@@ -28,12 +28,16 @@ Forward = Callable[[Tensor], Features]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network that defines a metric. `forward` maps uint8 [B, channels, H, W] on `device` to Features."""
+    """A network that defines a metric. `forward` maps uint8 [B, channels, H, W] on `device` to Features.
+
+    Batch size and device change features by float32 rounding only: some 1e-6 of their norm.
+    """
 
     name: str
     sha256: str
     channels: int
     dim: int
+    classes: int
     device: torch.device
     forward: Forward
     size: int | None = None
@@ -44,19 +48,24 @@ class Extractor:
         check_images(images, self.channels, self.size)
         with exact_float32():
             out = self.forward(images.to(self.device))
-        return Features(*(None if x is None else x.float().cpu() for x in (out.features, out.logits, out.spatial)))
+        logits, spatial = (None if x is None else x.float().cpu() for x in (out.logits, out.spatial))
+        return Features(out.features.float().cpu(), logits, spatial)
 
 
 def check_images(images: Tensor, channels: int, size: int | None = None) -> None:
     if images.dtype != torch.uint8:
-        raise MetricError(f"images must be uint8 in 0..255, and these are {images.dtype}: use evodiff.sampling.to_uint8")
+        raise MetricError(
+            f"images must be uint8 in 0..255, and these are {images.dtype}: use evodiff.sampling.to_uint8"
+        )
     if images.ndim != 4 or images.shape[1] != channels:
         kind = {1: "grey", 3: "RGB"}.get(channels, f"{channels}-channel")
         raise MetricError(
             f"this protocol scores {kind} images [B, {channels}, H, W], and these have shape {tuple(images.shape)}"
         )
     if size is not None and images.shape[2:] != (size, size):
-        raise MetricError(f"this protocol scores {size}x{size} images, and these are {images.shape[3]}x{images.shape[2]}")
+        raise MetricError(
+            f"this protocol scores {size}x{size} images, and these are {images.shape[3]}x{images.shape[2]}"
+        )
 
 
 @contextmanager
@@ -82,7 +91,7 @@ def mnist_classifier(weights: Path | None, device: torch.device) -> Extractor:
     network.load_state_dict(load_file(path))
     network.requires_grad_(False).eval().to(device)
     return Extractor(
-        "mnist_classifier", sha256(path), 1, network.feature_dim, device, lambda x: Features(*network(x)), size=32
+        "mnist_classifier", sha256(path), 1, network.feature_dim, 10, device, lambda x: Features(*network(x)), size=32
     )
 
 
@@ -110,8 +119,8 @@ def extractor(
 
         if resize not in KERNELS or scaling not in SCALINGS:
             raise ConfigError(
-                f"inception cannot have resize={resize} and scaling={scaling}; there are resize={'|'.join(KERNELS)} and "
-                f"scaling={'|'.join(SCALINGS)}"
+                f"inception cannot have resize={resize} and scaling={scaling}; there are "
+                f"resize={'|'.join(KERNELS)} and scaling={'|'.join(SCALINGS)}"
             )
         return inception(resize, scaling, weights, where)
     if (resize, scaling) != ("native", "native"):

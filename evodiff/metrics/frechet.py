@@ -50,9 +50,9 @@ class Gaussian:
 def frechet_distance(a: Gaussian | Moments, b: Gaussian | Moments) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), the squared 2-Wasserstein distance (Dowson and Landau 1982).
 
-    With S_b = F F^T the trace of the root is the sum of the roots of the eigenvalues of the symmetric F^T S_a F. Exactly 0
-    for equal inputs, symmetric to rounding, never negative and never NaN. F is taken from the argument of lower rank,
-    otherwise from b: pass the reference there, its factor is kept. Raises MetricError if the dimensions differ.
+    With S_b = F F^T the trace of the root is the sum of the roots of the eigenvalues of the symmetric F^T S_a F.
+    Exactly 0 for equal inputs, symmetric to rounding, never negative and never NaN. F is taken from the argument of
+    lower rank, otherwise from b: pass the reference there, its factor is kept. Raises MetricError if dimensions differ.
     """
     a, b = (Gaussian.of(g) if isinstance(g, Moments) else g for g in (a, b))
     if a.mean.shape != b.mean.shape:

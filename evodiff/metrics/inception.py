@@ -4,6 +4,7 @@ All FID code bases use this one network and differ in what they do before it: `r
 way from 0..255 to the network's range. With resize=torch and scaling=127.5 it gives pytorch-fid's features.
 """
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from evodiff.metrics.resize import resize
 SIZE = 299
 SCALINGS = {"128": (128.0, 128.0), "127.5": (127.5, 127.5)}
 """Offset and divisor; 128 is the graph's own, 127.5 that of TF-GAN and pytorch-fid."""
+SPATIAL = "Mixed_6d.branch1x1"
 SPATIAL_CHANNELS = 7
 
 
@@ -34,23 +36,23 @@ def inception(resize_kernel: str, scaling: str, weights: Path | None, device: to
         from evodiff.checkpoints import require
 
         weights = require("inception")
-    network = _network(weights)
-    head = list(network.children())[:-1]
-    branch = network.Mixed_6d.branch1x1
-    classes = network.fc.weight.T
-    trunk = _folded(nn.Sequential(*head)).to(device, memory_format=torch.channels_last)
+    *stages, (_, classifier) = _network(weights).named_children()
+    trunk = _folded(nn.Sequential(OrderedDict(stages))).to(device)
+    trunk.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert isinstance(classifier, nn.Linear)
+    classes = classifier.weight.T.to(device)
     offset, divisor = SCALINGS[scaling]
     seen: list[Tensor] = []
-    branch.register_forward_hook(lambda module, args, out: seen.append(out))
+    trunk.get_submodule(SPATIAL).register_forward_hook(lambda module, args, out: seen.append(out))
 
     def forward(images: Tensor) -> Features:
         seen.clear()
         x = (resize(images, SIZE, resize_kernel) - offset) / divisor
         features = trunk(x.contiguous(memory_format=torch.channels_last)).flatten(1)
         spatial = seen[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return Features(features, features @ classes.to(features.device), spatial)
+        return Features(features, features @ classes, spatial)
 
-    return Extractor("inception", sha256(weights), 3, 2048, device, forward)
+    return Extractor("inception", sha256(weights), 3, 2048, 1008, device, forward)
 
 
 def _network(weights: Path) -> nn.Module:

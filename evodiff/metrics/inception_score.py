@@ -12,7 +12,7 @@ SHUFFLE_SEED = 2020
 
 
 def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """exp of the mean KL(p(y|x) | p(y)), its mean and standard deviation over `splits` parts of shuffled logits [n, k]."""
+    """exp of the mean KL(p(y|x) | p(y)): mean and standard deviation over `splits` parts of shuffled logits [n, k]."""
     n = len(logits)
     if n < splits:
         raise MetricError(f"an Inception Score in {splits} parts needs at least {splits} images, and there are {n}")

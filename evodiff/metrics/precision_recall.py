@@ -21,8 +21,8 @@ class Coverage:
 
 
 def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> Coverage:
-    """Of features [n, d] of generated and [m, d] of real images; the ball of a point reaches to its k-th neighbour in its
-    own set (k = 3 as in torch-fidelity and ADM; the authors of density and coverage use 5).
+    """Of features [n, d] of generated and [m, d] of real images. The ball of a point reaches to its k-th neighbour in
+    its own set (k = 3 as in torch-fidelity and ADM; the authors of density and coverage use 5).
 
     precision  generated points in some real ball          recall    real points in some generated ball
     density    real balls around a generated point, over k  coverage  real balls that hold a generated point

@@ -74,11 +74,11 @@ class Protocol:
         return {**self.fields(), "hash": self.hash}
 
     def key(self, metric: str, n: int) -> str:
-        """The name under which a metric of n images is reported: `fid@50000`, `kid@50000`; with features that are not
-        the 2015 Inception's also `fd_mnist@5000`, `kid_mnist@5000`."""
-        if metric == "fid" or metric.startswith("fid_"):
-            return f"{self.metric}{metric[3:]}@{n}"
-        return f"{metric}{self.metric.removeprefix('fd') if self.metric != 'fid' else ''}@{n}"
+        """The name of a metric of n images: `fid@50000`, `is@50000`; never FID, IS or KID of other features than the
+        2015 Inception's: those are `fd_mnist@5000`, `is_mnist@5000`."""
+        if "fid" in metric:
+            return f"{metric.replace('fid', self.metric)}@{n}"
+        return f"{metric}{'' if self.metric == 'fid' else self.metric.removeprefix('fd')}@{n}"
 
     def is_proxy(self, key: str) -> bool:
         """Whether the metric of that name was taken on another number of images than the protocol asks for."""
@@ -127,6 +127,7 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
     unknown, missing = sorted(given.keys() - set(known)), [k for k in required if k not in given]
     if unknown or missing:
         raise ConfigError(
-            f"protocol {given.get('name')}: unknown fields {unknown}, missing fields {missing}; there are {', '.join(known)}"
+            f"protocol {given.get('name')}: unknown fields {unknown}, missing fields {missing}; "
+            f"there are {', '.join(known)}"
         )
     return Protocol(**given)

@@ -1,7 +1,10 @@
 """Reference statistics: the real images' side of a score, one npz with its provenance."""
 
 import json
+import pickle
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch import Tensor
 from evodiff.errors import MetricError
 from evodiff.files import whole_file
 from evodiff.metrics.frechet import Gaussian
+from evodiff.metrics.moments import Moments
 
 FORMAT = "evodiff-reference-1"
 
@@ -21,7 +25,7 @@ FORMAT = "evodiff-reference-1"
 class Reference:
     """Gaussian of the features of a real data set, optionally of its spatial features, and the features themselves.
 
-    `provenance` says where it comes from: dataset, crop, resize, image_size, count, extractor, extractor_sha256, source.
+    `provenance` says where it comes from: dataset, crop, resize, image_size, extractor, extractor_sha256, source ...
     """
 
     gaussian: Gaussian
@@ -34,7 +38,7 @@ class Reference:
         return len(self.gaussian.mean)
 
     def save(self, path: Path) -> None:
-        arrays = {"mean": self.gaussian.mean.numpy(), "cov": self.gaussian.cov.numpy()}
+        arrays: dict[str, Any] = {"mean": self.gaussian.mean.numpy(), "cov": self.gaussian.cov.numpy()}
         if self.spatial is not None:
             arrays |= {"spatial_mean": self.spatial.mean.numpy(), "spatial_cov": self.spatial.cov.numpy()}
         if self.features is not None:
@@ -45,33 +49,65 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
-        """Raises MetricError, naming the file, for one that is missing, foreign or not possible."""
-        arrays = read_npz(path)
-        if "provenance" not in arrays:
-            raise MetricError(
-                f"{path} is not in this project's format (it holds {', '.join(sorted(arrays))}): "
-                f"run `evodiff stats convert {path} OUT.npz` first"
-            )
-        about = json.loads(str(arrays["provenance"]))
-        n = about.pop("count")
-        if about.pop("format", None) != FORMAT:
-            raise MetricError(f"{path} was written by another version of this format; expected {FORMAT}")
-        spatial = None
-        if "spatial_mean" in arrays:
-            spatial = checked(path, arrays["spatial_mean"], arrays["spatial_cov"], n)
-        features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
-        return cls(checked(path, arrays["mean"], arrays["cov"], n), about, spatial, features)
+        """This project's format, or a published one (see `_foreign`). Nothing is unpickled. Raises MetricError, naming
+        the file, for one that is missing, unknown or not possible."""
+        with _open(path) as file:
+            if "provenance" not in file:
+                return _foreign(path, file)
+            about = json.loads(str(file["provenance"]))
+            n = about.pop("count", None)
+            if about.pop("format", None) != FORMAT:
+                raise MetricError(f"{path} was written by another version of this format; expected {FORMAT}")
+            spatial = None
+            if "spatial_mean" in file:
+                spatial = checked(path, file["spatial_mean"], file["spatial_cov"], n)
+            features = torch.from_numpy(file["features"]) if "features" in file else None
+            return cls(checked(path, file["mean"], file["cov"], n), about, spatial, features)
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz as data (nothing is unpickled). Raises MetricError naming the file."""
+def _foreign(path: Path, file: Mapping[str, np.ndarray]) -> Reference:
+    """mu, sigma (pytorch-fid, EDM, torch-fidelity), with mu_s, sigma_s (ADM); or pool_3 features of TF-GAN."""
+    about: dict[str, Any] = {"source": path.name}
+    if "pool_3" in file:
+        features = torch.from_numpy(file["pool_3"]).float()
+        if features.ndim != 2 or len(features) < 2:
+            raise MetricError(f"{path}: pool_3 has shape {tuple(features.shape)}; expected [images, features]")
+        return Reference(Gaussian.of(Moments.of(features)), {**about, "layout": "pool_3"}, features=features)
+    if "mu" not in file or "sigma" not in file:
+        raise MetricError(
+            f"{path} holds {', '.join(sorted(file)[:5])}; reference statistics are mu and sigma, pool_3, or "
+            f"a file written by `evodiff stats build`"
+        )
+    spatial = checked(path, file["mu_s"], file["sigma_s"], None) if "mu_s" in file else None
+    layout = "mu/sigma" if spatial is None else "mu/sigma/mu_s/sigma_s"
+    return Reference(checked(path, file["mu"], file["sigma"], None), {**about, "layout": layout}, spatial)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an npz, each read when asked for (ADM's hold gigabytes of images), or of torch-fidelity's .pt."""
     if not path.is_file():
         raise MetricError(f"there is no reference file {path}; build, convert or fetch it first")
     try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as e:
-        raise MetricError(f"{path} is no readable npz: {e}") from e
+        if path.suffix in (".pt", ".pth"):
+            with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+                yield torch.load(path, weights_only=True, map_location="cpu")
+        else:
+            with np.load(path) as file:
+                yield file
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise MetricError(f"{path} cannot be read as reference statistics: {reason}") from e
+
+
+_NUMPY_GLOBALS: list[Any] = [
+    np.zeros(0).__reduce__()[0],
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+]
+"""What a pickled float array is made of; torch loads nothing else."""
 
 
 def checked(path: Path, mean: np.ndarray, cov: np.ndarray, n: int | None) -> Gaussian:
@@ -88,7 +124,9 @@ def checked(path: Path, mean: np.ndarray, cov: np.ndarray, n: int | None) -> Gau
         raise MetricError(f"{what}: not symmetric (by {asymmetry:.1e} of {scale:.1e})")
     lowest = torch.linalg.eigvalsh(c)[0].item() if torch.linalg.cholesky_ex(c).info else 0.0
     if lowest < -1e-6 * scale:
-        raise MetricError(f"{what}: not positive semidefinite (lowest eigenvalue {lowest:.1e}, largest entry {scale:.1e})")
+        raise MetricError(
+            f"{what}: not positive semidefinite (lowest eigenvalue {lowest:.1e}, largest entry {scale:.1e})"
+        )
     if n is not None and n < 2:
         raise MetricError(f"{what}: estimated from {n} images; expected 2 or more")
     return Gaussian(m, (c + c.T) / 2, n)

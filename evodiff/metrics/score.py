@@ -1,40 +1,184 @@
 """From uint8 images to numbers, in one pass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evodiff.errors import MetricError
+from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.metrics.features import Extractor, extractor
 from evodiff.metrics.frechet import frechet_distance
+from evodiff.metrics.inception_score import inception_score
+from evodiff.metrics.kid import kid
 from evodiff.metrics.moments import Moments
+from evodiff.metrics.precision_recall import precision_recall
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.reference import Reference
+from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
 from evodiff.paths import CHECKPOINTS
 
+METRICS = {
+    "fid": "the Fréchet distance of the protocol",
+    "sfid": "the same of spatial features (sfid)",
+    "is": "Inception Score (is, is_std)",
+    "kid": "Kernel Inception Distance (kid, kid_std)",
+    "pr": "precision, recall, density, coverage",
+    "curve": "fid of the first 5, 10, 25 and 50 thousand images",
+    "ci": "jackknife standard error of fid (fid_se)",
+    "limit": "fid extrapolated to infinitely many images (fid_inf)",
+}
+CURVE = (5_000, 10_000, 25_000, 50_000)
+_FROM_FEATURES = {"kid", "pr", "curve", "ci", "limit"}
 
-def score(batches: Iterable[Tensor], protocol: Protocol, device: torch.device | str = "cpu") -> dict[str, float]:
-    """Metrics of uint8 images [B, C, H, W] under `protocol`, named with their number: {"fd_mnist@1000": 3.2}.
 
-    The images are seen once and not kept. Raises MetricError for images, weights or a reference that the protocol does
-    not allow.
+def score(
+    batches: Iterable[Tensor],
+    protocol: Protocol,
+    device: torch.device | str = "cpu",
+    metrics: Sequence[str] = ("fid",),
+    weights: Path | None = None,
+) -> dict[str, float]:
+    """Metrics (names in METRICS) of uint8 images [B, C, H, W] under `protocol`, each named with the number of images:
+    {"fd_mnist@1000": 3.2}.
+
+    The images are seen once and not kept; features are kept only for the metrics that need them. `weights` replaces the
+    extractor's file of the registry. Raises MetricError for images, weights or a reference that the protocol does not
+    allow, ConfigError for an unknown metric.
     """
-    extract = extractor_of(protocol, str(device))
-    reference = reference_of(protocol)
-    moments = Moments.zeros(extract.dim)
+    scorer = Scorer(protocol, str(device), metrics, weights)
     for images in batches:
-        moments.add(extract(images).features)
-    return {f"{protocol.metric}@{moments.n}": frechet_distance(moments, reference.gaussian)}
+        scorer.add(images)
+    return scorer.result()
 
 
-def extractor_of(protocol: Protocol, device: str = "cpu") -> Extractor:
+def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, float]:
+    """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order."""
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    if total is None:
+        raise MetricError("there are no moments to score")
+    return {protocol.key("fid", total.n): frechet_distance(total, reference_of(protocol).gaussian)}
+
+
+class Scorer:
+    """Takes images batch by batch, and scores what it has seen. `moments` is what other processes can add."""
+
+    def __init__(
+        self, protocol: Protocol, device: str = "cpu", metrics: Sequence[str] = ("fid",), weights: Path | None = None
+    ):
+        if unknown := sorted(set(metrics) - METRICS.keys()):
+            raise ConfigError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}")
+        self.protocol, self.metrics = protocol, tuple(metrics)
+        self.extract = extractor_of(protocol, device, weights)
+        self.reference = reference_of(protocol)
+        if self.reference.dim != self.extract.dim:
+            raise MetricError(
+                f"{protocol.reference} has {self.reference.dim} features, but {protocol.extractor} gives "
+                f"{self.extract.dim}: it belongs to another protocol than {protocol.name}"
+            )
+        self._check_reference()
+        self.moments = Moments.zeros(self.extract.dim)
+        self.spatial: Moments | None = None
+        self.features = Rows(protocol.n) if _FROM_FEATURES & set(metrics) else None
+        self.logits = Rows(protocol.n) if "is" in metrics else None
+
+    def add(self, images: Tensor) -> None:
+        size = self.reference.provenance.get("image_size")
+        if size and list(images.shape[:1:-1]) != size and images.ndim == 4:
+            raise MetricError(
+                f"the images are {images.shape[3]}x{images.shape[2]}, but {self.protocol.reference} was made of "
+                f"{size[0]}x{size[1]} ones"
+            )
+        out = self.extract(images)
+        self.moments.add(out.features)
+        if "sfid" in self.metrics and out.spatial is not None:
+            self.spatial = self.spatial or Moments.zeros(out.spatial.shape[1])
+            self.spatial.add(out.spatial)
+        if self.features is not None:
+            self.features.add(out.features)
+        if self.logits is not None and out.logits is not None:
+            self.logits.add(out.logits)
+
+    def result(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        n, key = self.moments.n, self.protocol.key
+        if "fid" in self.metrics:
+            values[key("fid", n)] = frechet_distance(self.moments, self.reference.gaussian)
+        if self.spatial is not None and self.reference.spatial is not None:
+            values[key("sfid", n)] = frechet_distance(self.spatial, self.reference.spatial)
+        if self.logits is not None:
+            values |= zip((key("is", n), key("is_std", n)), inception_score(self.logits.tensor), strict=True)
+        if self.features is not None:
+            values |= self._from_features(self.features.tensor)
+        return values
+
+    def _from_features(self, features: Tensor) -> dict[str, float]:
+        values: dict[str, float] = {}
+        n, key, real = len(features), self.protocol.key, self.reference.features
+        if "curve" in self.metrics:
+            part, done = Moments.zeros(features.shape[1]), 0
+            for size in (size for size in CURVE if size <= n):
+                part.add(features[done:size])
+                done = size
+                values[key("fid", size)] = frechet_distance(part, self.reference.gaussian)
+        if "ci" in self.metrics:
+            values[key("fid_se", n)] = jackknife(groups(features), self.moments, self.reference.gaussian)
+        if "limit" in self.metrics:
+            values[key("fid_inf", n)] = frechet_infinity(features, self.reference.gaussian)
+        if "kid" in self.metrics and real is not None:
+            values |= zip((key("kid", n), key("kid_std", n)), kid(features, real), strict=True)
+        if "pr" in self.metrics and real is not None:
+            found = precision_recall(features, real)
+            values |= {key(name, n): value for name, value in vars(found).items()}
+        return values
+
+    def _check_reference(self) -> None:
+        """What the metrics need beside mean and covariance must be in the reference, and in the extractor."""
+        lacking = {
+            "kid": self.reference.features is None,
+            "pr": self.reference.features is None,
+            "sfid": self.reference.spatial is None,
+        }
+        if asked := [name for name in self.metrics if lacking.get(name)]:
+            raise MetricError(
+                f"{self.protocol.reference} cannot serve {', '.join(asked)}: kid and pr need the features of the real "
+                f"images, sfid their spatial moments. Build a reference with `evodiff stats build`, or leave them out."
+            )
+        if "is" in self.metrics and not self.extract.classes:
+            raise MetricError(f"{self.protocol.extractor} has no logits, so there is no Inception Score of it")
+
+
+@dataclass
+class Rows:
+    """Rows added one batch after the other, in memory for `expected` rows from the start (it is used when written)."""
+
+    expected: int
+    _filled: int = 0
+    _data: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    def add(self, rows: Tensor) -> None:
+        end = self._filled + len(rows)
+        if end > len(self._data):
+            grown = torch.empty(max(end, self.expected, len(self._data) * 3 // 2), rows.shape[1], dtype=rows.dtype)
+            grown[: self._filled] = self.tensor
+            self._data = grown
+        self._data[self._filled : end] = rows
+        self._filled = end
+
+    @property
+    def tensor(self) -> Tensor:
+        return self._data[: self._filled]
+
+
+def extractor_of(protocol: Protocol, device: str = "cpu", weights: Path | None = None) -> Extractor:
     """Built once; MetricError if its weights are not those the protocol names."""
-    extract = extractor(protocol.extractor, device)
-    _check_digest("weights of " + protocol.extractor, extract.sha256, protocol.extractor_sha256, protocol)
+    extract = extractor(protocol.extractor, device, protocol.resize, protocol.scaling, weights)
+    _check_digest(f"weights of {protocol.extractor}", extract.sha256, protocol.extractor_sha256, protocol)
     return extract
 
 
@@ -43,10 +187,20 @@ def reference_of(protocol: Protocol) -> Reference:
     """Loaded once, so that its covariance is factored once. MetricError if it is another file than the protocol names,
     or was made by another extractor."""
     path = CHECKPOINTS / protocol.reference
+    if not path.exists() and not path.suffix:
+        from evodiff.checkpoints import require
+
+        path = require(protocol.reference)
     reference = Reference.load(path)
     _check_digest(str(path), sha256(path), protocol.reference_sha256, protocol)
     made_by = reference.provenance.get("extractor_sha256")
     _check_digest(f"extractor that made {path}", made_by, protocol.extractor_sha256, protocol)
+    for part in ("resize", "scaling"):
+        made_with = reference.provenance.get(f"extractor_{part}", getattr(protocol, part))
+        if made_with != getattr(protocol, part):
+            raise MetricError(
+                f"{path} was made with {part}={made_with}, but protocol {protocol.name} has {getattr(protocol, part)}"
+            )
     return reference
 
 

@@ -48,8 +48,7 @@ def frechet_infinity(
         raise MetricError(f"a limit in N needs at least 20 images, and there are {n}")
     draw = np.random.default_rng(seed)
     sizes = np.linspace(smallest, n, points).astype(int)
-    distances = [
-        frechet_distance(Moments.of(features[torch.from_numpy(draw.permutation(n)[:size])]), reference) for size in sizes
-    ]
-    slope, intercept = np.polyfit(1 / sizes, distances, 1)
+    subsets = (torch.from_numpy(draw.permutation(n)[:size]) for size in sizes)
+    distances = [frechet_distance(Moments.of(features[subset]), reference) for subset in subsets]
+    _, intercept = np.polyfit(1 / sizes, distances, 1)
     return float(intercept)

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.schedule import Node
+from evodiff.solvers.exponential import DATA, Prediction
 
 State = Any
 
@@ -23,9 +24,15 @@ State = Any
 class Solver(ABC):
     """One numerical method for the diffusion ODE or SDE."""
 
-    stochastic: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
     """The solver chooses its own steps inside a grid of one step: NFE is a result, not a budget."""
+    equivariant: ClassVar[bool] = True
+    """The solver sees the schedule through kappa = sigma / alpha only: x / alpha on VP is its path on EDM."""
+
+    @property
+    def stochastic(self) -> bool:
+        """The solver draws noise on its way: `init` needs it."""
+        return False
 
     @property
     @abstractmethod
@@ -41,8 +48,12 @@ class Solver(ABC):
         return self
 
     def init(self, noise: Noise | None) -> State:
-        """The state before the first step."""
-        return ()
+        """The state before the first step. Raises SamplingError if a stochastic solver gets no noise."""
+        if self.stochastic and noise is None:
+            raise SamplingError(
+                f"{type(self).__name__} is stochastic and got no noise; give integrate(noise=...), like SeededNoise(seeds)"
+            )
+        return noise if self.stochastic else ()
 
     @abstractmethod
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
@@ -93,9 +104,14 @@ class Multistep(Solver):
         order = min(self.order, step.i + 1)
         return min(order, step.left) if self.lower_order_final else order
 
+    @property
+    def target(self) -> Prediction:
+        """What the method extrapolates: the data prediction here."""
+        return DATA
+
     def model_term(self, D: Tensor, x: Tensor, node: Node) -> Tensor:
-        """What the method extrapolates; the data prediction here."""
-        return D
+        """`target` at the node, from the data prediction D there."""
+        return self.target.of(D, x, node)
 
     def correct(self, x: Tensor, m: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
         """The arrival x of `step`, improved by the model term m at x; `past[-1]` is where `step` started."""

@@ -1,7 +1,7 @@
 """DPM-Solver++, multistep (Lu et al., arXiv 2211.01095, algorithm 2; third order as in its released code).
 
-One evaluation per step. Global order 1 and 2 for orders 1 and 2; order 3 reaches 3 in its steps, but its first-order
-start limits the whole to 2 to 3.
+One evaluation per step. Global order 1 and 2 for orders 1 and 2; order 3 has steps of third order, but its start of first
+order limits the whole to 2.
 """
 
 import math
@@ -20,7 +20,7 @@ class DPMSolverPP(Multistep):
 
     @property
     def global_order(self) -> float:
-        return self.order
+        return min(self.order, 2)  # the first step, of first order, leaves an error of second
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         s, t, h = step.s, step.t, step.h

@@ -31,7 +31,7 @@ class EVODiff(Multistep):
 
     `final`: the last step as released, or a plain Euler (DDIM) step. `fine_grid`: above this many steps zeta has
     another formula. `mu`: the shift of zeta*. `clock`: what the difference weight w is measured in, kappa or t (the
-    same on EDM).
+    same on EDM). For ablations: `zeta`, `eta` fix a weight, and without `balance` the differences are plain, r = 1.
     """
 
     order: int = 2
@@ -39,13 +39,22 @@ class EVODiff(Multistep):
     fine_grid: int = 20
     mu: float = 0.5
     clock: str = "kappa"
+    zeta: float | None = None
+    eta: float | None = None
+    balance: bool = True
     orders = (2,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, known in (("final", ("released", "euler")), ("clock", ("kappa", "t"))):
             if getattr(self, name) not in known:
-                raise ConfigError(f"EVODiff: {name}={getattr(self, name)!r} does not exist; possible: {', '.join(known)}")
+                raise ConfigError(
+                    f"EVODiff: {name}={getattr(self, name)!r} does not exist; possible: {', '.join(known)}"
+                )
+        if self.zeta is not None and not self.zeta > 0:
+            raise ConfigError(f"EVODiff: zeta={self.zeta} is impossible; it divides: above 0, or null")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ConfigError(f"EVODiff: eta={self.eta} is impossible; possible: 0 to 1, or null")
 
     @property
     def global_order(self) -> float:
@@ -71,19 +80,23 @@ class EVODiff(Multistep):
         r1, D1 = self.difference(m0, m1, step)
         _, D2 = self.difference(m, m0, step)
 
-        Bp, Bn = D1 / (R * h), (R / h) * D2
-        eta_star = 0.5 * project(Bn + Bp, Bn - Bp)
-        eta = 0.5 * torch.sigmoid(eta_star.abs())
+        eta: Tensor | float | None = self.eta
+        if eta is None:
+            Bp, Bn = D1 / (R * h), (R / h) * D2
+            eta_star = 0.5 * project(Bn + Bp, Bn - Bp)
+            eta = 0.5 * torch.sigmoid(eta_star.abs())
         B = R * (1 - eta) * D2 - (eta / R) * D1
 
-        P = (0.5 * t.sigma * h / probe_ratio(r1, step)) * (D1 - B)  # what the probe added, less what B would
-        zeta_star = project(P, D1) / (h * t.sigma)
-        shift = zeta_star.abs() - self.mu
-        if len(step.grid) <= self.fine_grid:
-            zeta = torch.sigmoid(shift)
-        else:
-            c = torch.sigmoid(project(m0, (m0 - m1) / h) * (2 - (t.kappa / s.kappa) ** 2))
-            zeta = torch.sigmoid(-shift * c)
+        zeta: Tensor | float | None = self.zeta
+        if zeta is None:
+            P = (0.5 * t.sigma * h / probe_ratio(r1, step)) * (D1 - B)  # what the probe added, less what B would
+            zeta_star = project(P, D1) / (h * t.sigma)
+            shift = zeta_star.abs() - self.mu
+            if len(step.grid) <= self.fine_grid:
+                zeta = torch.sigmoid(shift)
+            else:
+                c = torch.sigmoid(project(m0, (m0 - m1) / h) * (2 - (t.kappa / s.kappa) ** 2))
+                zeta = torch.sigmoid(-shift * c)
         return ddim(past[-1].x, m0, s, t) + (0.5 * t.sigma * h / zeta) * B
 
     def last(self, x_e: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
@@ -96,6 +109,8 @@ class EVODiff(Multistep):
 
     def difference(self, m_a: Tensor, m_b: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """The balanced difference m_a - r m_b and its r [B, C, 1, 1], between 1 early and a projection late."""
+        if not self.balance:
+            return torch.ones_like(m_a[:, :, :1, :1]), m_a - m_b
         first, last = (self.time(step.grid.nodes[i]) for i in (0, -1))
         w = 0.5 * (1 - ((self.time(step.t) + last) / (first + last)) ** 2)
         base = math.sqrt((step.t.kappa / step.s.kappa) / (step.s.kappa / step.previous.s.kappa))

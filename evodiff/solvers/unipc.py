@@ -2,7 +2,8 @@
 prediction).
 
 One evaluation per step: the corrector reuses the evaluation that the next step needs anyway, and the last step has
-none. Order p of the predictor gives global order p + 1 with the corrector.
+none. Order p of the predictor gives global order p + 1 with the corrector. The first steps, of lower order, limit that
+only where they matter: at the usual start, sigma = 80, D hardly changes and their error is small.
 """
 
 import math

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evodiff.models.networks.functional import attention, fir_down, fir_kernel, fir_up, nearest_up, sinusoids
+
 
 def xavier_uniform_(weight: Tensor, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
     """Fill with U(-a, a), a = gain sqrt(6 / (fan_in + fan_out)) (EDM table 7, DDPM++ column)."""
@@ -68,10 +70,8 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
             self.bias = nn.Parameter(torch.zeros(out_channels))
             init(self.weight, fan_in, fan_out, gain)
-        f = torch.as_tensor(resample_filter, dtype=torch.float32)
-        self.box = len(f) == 2 and bool(f[0] == f[1])  # mean of 2x2 down, nearest neighbour up
-        taps = f.outer(f) / f.sum().square()
-        self.register_buffer("resample_filter", taps[None, None] if up or down else None)
+        self.box = len(resample_filter) == 2 and resample_filter[0] == resample_filter[1]  # 2x2 mean, nearest neighbour
+        self.register_buffer("resample_filter", fir_kernel(resample_filter) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
@@ -80,26 +80,15 @@ class Conv2d(nn.Module):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if self.fused and self.down:
             f_pad = (self.resample_filter.shape[-1] - 1) // 2
-            return self.downsample(F.conv2d(x, weight, bias, padding=pad + f_pad), padding=0)
+            return fir_down(F.conv2d(x, weight, bias, padding=pad + f_pad), self.resample_filter, padding=0)
         return F.conv2d(self.resample(x), weight, bias, padding=pad)
 
     def resample(self, x: Tensor) -> Tensor:
         if self.up:
-            return self.upsample(x)
-        return self.downsample(x, (self.resample_filter.shape[-1] - 1) // 2) if self.down else x
-
-    def upsample(self, x: Tensor) -> Tensor:
-        if self.box:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        taps, channels = self.resample_filter.to(x.dtype) * 4, x.shape[1]
-        pad = (taps.shape[-1] - 1) // 2
-        return F.conv_transpose2d(x, taps.expand(channels, 1, -1, -1), stride=2, padding=pad, groups=channels)
-
-    def downsample(self, x: Tensor, padding: int) -> Tensor:
-        if self.box:
-            return F.avg_pool2d(x, 2)
-        taps, channels = self.resample_filter.to(x.dtype), x.shape[1]
-        return F.conv2d(x, taps.expand(channels, 1, -1, -1), stride=2, padding=padding, groups=channels)
+            return nearest_up(x) if self.box else fir_up(x, self.resample_filter)
+        if self.down:
+            return F.avg_pool2d(x, 2) if self.box else fir_down(x, self.resample_filter)
+        return x
 
 
 class GroupNorm(nn.GroupNorm):
@@ -120,10 +109,7 @@ class PositionalEmbedding(nn.Module):
         self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.channels // 2
-        i = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.endpoint)
-        angle = t.outer((1 / self.max_positions**i).to(t.dtype))
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
+        return torch.cat(sinusoids(t, self.channels, self.endpoint, self.max_positions), dim=1)
 
 
 class FourierEmbedding(nn.Module):
@@ -207,8 +193,5 @@ class UNetBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        q, k, v = (
-            self.qkv(x).reshape(B, self.num_heads, C // self.num_heads, 3, H * W).permute(3, 0, 1, 4, 2).unbind(0)
-        )
-        a = F.scaled_dot_product_attention(q, k, v)
-        return a.transpose(2, 3).reshape(B, C, H, W)
+        qkv = self.qkv(x).reshape(B, self.num_heads, C // self.num_heads, 3, H * W)
+        return attention(*qkv.unbind(3)).reshape(B, C, H, W)

@@ -1,0 +1,159 @@
+"""Images of any code base as uint8 batches: a folder, a zip, an npz, or a run of this project."""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evodiff.errors import MetricError
+from evodiff.files import sha256
+from evodiff.metrics.features import check_images
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+LOSSY = {".jpg", ".jpeg", ".webp"}
+MODES = {"L": 1, "RGB": 3}
+
+Named = tuple[str, Tensor]
+"""Where images come from, and uint8 [n, C, H, W]."""
+
+
+def read_images(path: Path, channels: int, rounding: str = "round", batch: int = 64) -> Iterator[Tensor]:
+    """uint8 [batch, channels, H, W] of all images at `path`, in order of their names.
+
+    A folder with a `manifest.json` is a run of this project; any other is searched to its leaves for image files. An
+    npz holds one array of images, [N, H, W, C], [N, C, H, W] or [N, H, W]; floats must be in 0..255 and are rounded by
+    `rounding`. Raises MetricError, naming the file, for what is empty, corrupt, of another size or number of channels.
+    """
+    if path.is_dir():
+        chunks = _of_run(path, channels, rounding) if (path / "manifest.json").exists() else _of_folder(path, channels)
+    elif path.suffix == ".zip":
+        chunks = _of_zip(path, channels)
+    elif path.suffix == ".npz":
+        chunks = _of_npz(path, channels, rounding)
+    else:
+        what = "is no folder, .zip or .npz" if path.exists() else "does not exist"
+        raise MetricError(f"{path} {what}; give a folder of images, a zip of images or an npz")
+    return _rebatched(path, chunks, batch)
+
+
+def lossy(path: Path) -> bool:
+    """Whether some image file there is of a format that has changed its pixels."""
+    return any(Path(name).suffix.lower() in LOSSY for name in _names(path))
+
+
+def _names(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(str(p.relative_to(path)) for p in path.rglob("*") if _is_image(p.name))
+    if path.suffix == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return sorted(n for n in archive.namelist() if _is_image(Path(n).name) and "__MACOSX" not in n)
+        except (OSError, zipfile.BadZipFile) as e:
+            raise MetricError(f"{path} is no readable zip: {e}") from e
+    return []
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+
+
+def _of_folder(path: Path, channels: int) -> Iterator[Named]:
+    return (_decoded((path / name).read_bytes(), f"{path / name}", channels) for name in _names(path))
+
+
+def _of_zip(path: Path, channels: int) -> Iterator[Named]:
+    names = _names(path)
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            try:
+                content = archive.read(name)
+            except (zipfile.BadZipFile, OSError, RuntimeError) as e:
+                raise MetricError(f"{name} in {path} cannot be read: {e}") from e
+            yield _decoded(content, f"{name} in {path}", channels)
+
+
+def _decoded(content: bytes, name: str, channels: int) -> Named:
+    """One image file as uint8 [1, C, H, W]."""
+    try:
+        image = Image.open(BytesIO(content))
+        image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise MetricError(f"{name} is no readable image: {e}") from e
+    if MODES.get(image.mode) != channels:
+        expected = next(mode for mode, c in MODES.items() if c == channels)
+        raise MetricError(
+            f"{name} has mode {image.mode}, but this protocol scores {expected} images of 8 bits a channel"
+        )
+    pixels = torch.from_numpy(np.array(image))
+    return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
+
+
+def _of_run(path: Path, channels: int, rounding: str) -> Iterator[Named]:
+    shards = json.loads((path / "manifest.json").read_text()).get("shards", [])
+    for shard in sorted(shards, key=lambda s: s["first"]):
+        file = path / f"shard-{shard['first']:06d}.npz"
+        if not file.exists() or sha256(file) != shard["sha256"]:
+            raise MetricError(f"{file} is not what its manifest promises; run the sampling again")
+        yield from _of_npz(file, channels, rounding)
+
+
+def _of_npz(path: Path, channels: int, rounding: str) -> Iterator[Named]:
+    try:
+        with np.load(path) as file:
+            names = [n for n in ("images", "samples", "arr_0") if n in file]
+            array = file[names[0]] if names else None
+            held = ", ".join(sorted(file))
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+        raise MetricError(f"{path} is no readable npz: {e}") from e
+    if array is None or array.ndim not in (3, 4):
+        raise MetricError(
+            f"{path} holds {held}; expected an array `images`, `samples` or `arr_0` of shape [N, H, W, C]"
+        )
+    yield str(path), _as_nchw(torch.from_numpy(_as_uint8(array, path, rounding)), path, channels)
+
+
+def _as_nchw(images: Tensor, path: Path, channels: int) -> Tensor:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[3] == channels or images.shape[1] not in (1, 3):
+        images = images.permute(0, 3, 1, 2)
+    try:
+        check_images(images, channels)
+    except MetricError as e:
+        raise MetricError(f"{path}: {e}") from e
+    return images
+
+
+def _as_uint8(array: np.ndarray, path: Path, rounding: str) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise MetricError(f"{path} holds {array.dtype}; expected uint8, or floats in 0..255")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and 1 < high <= 255):
+        raise MetricError(f"{path} holds floats from {low:g} to {high:g}; expected 0..255: scale them, or save uint8")
+    return (np.rint(array) if rounding == "round" else np.floor(array)).astype(np.uint8)
+
+
+def _rebatched(path: Path, chunks: Iterator[Named], batch: int) -> Iterator[Tensor]:
+    waiting: list[Tensor] = []
+    first: Named | None = None
+    for name, chunk in chunks:
+        first = first or (name, chunk)
+        if chunk.shape[2:] != first[1].shape[2:]:
+            a, b = (f"{image.shape[3]}x{image.shape[2]}" for image in (first[1], chunk))
+            raise MetricError(f"{name} is {b}, but {first[0]} is {a}; expected images of one size")
+        waiting.append(chunk)
+        if sum(map(len, waiting)) >= batch:
+            *full, rest = torch.cat(waiting).split(batch)
+            yield from full
+            waiting = [rest]
+    if first is None:
+        raise MetricError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    yield torch.cat(waiting)

@@ -1,0 +1,323 @@
+"""The networks of score_sde (Song et al., arXiv 2011.13456, appendix H): DDPM++, NCSN++ and DDPM.
+
+Keys are those of the published files: one flat list `all_modules`, in the order of the forward pass.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evodiff.errors import ConfigError
+from evodiff.models.networks.functional import attention, fir_down, fir_kernel, fir_up, nearest_up, sinusoids
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of one network share. `fir` is the resampling filter, or None for nearest and 2x2 mean."""
+
+    groups: Callable[[int], int]
+    temb_channels: int
+    dropout: float
+    fir: tuple[float, ...] | None
+    residual_scale: float
+    shortcut: str
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.groups(channels), channels, eps=1e-6)
+
+
+class Resample(nn.Module):
+    """Twice (`up`) or half the resolution, without parameters."""
+
+    def __init__(self, up: bool, fir: Sequence[float] | None):
+        super().__init__()
+        self.up = up
+        self.register_buffer("kernel", None if fir is None else fir_kernel(fir), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            return nearest_up(x) if self.up else F.avg_pool2d(x, 2)
+        return fir_up(x, self.kernel) if self.up else fir_down(x, self.kernel)
+
+
+class NIN(nn.Module):
+    """A 1x1 convolution kept as y = x W + b over channels, W [in, out]."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(in_channels, out_channels) / math.sqrt(in_channels))
+        self.b = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.W.T[:, :, None, None], self.b)
+
+
+class ResBlock(nn.Module):
+    """BigGAN-style residual block, `up` or `down` inside it, or DDPM's, which differs only in its 1x1 shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, style: Style, up: bool = False, down: bool = False):
+        super().__init__()
+        self.style = style
+        self.GroupNorm_0 = style.norm(in_channels)
+        self.resample = Resample(up, style.fir) if up or down else nn.Identity()
+        self.Conv_0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.Dense_0 = nn.Linear(style.temb_channels, out_channels) if style.temb_channels else None
+        self.GroupNorm_1 = style.norm(out_channels)
+        self.Conv_1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels or up or down:
+            make = NIN if style.shortcut == "NIN_0" else lambda i, o: nn.Conv2d(i, o, 1)
+            self.add_module(style.shortcut, make(in_channels, out_channels))
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        h = self.Conv_0(self.resample(F.silu(self.GroupNorm_0(x))))
+        if self.Dense_0 is not None:
+            h = h + self.Dense_0(F.silu(temb))[:, :, None, None]
+        h = self.Conv_1(F.dropout(F.silu(self.GroupNorm_1(h)), self.style.dropout, self.training))
+        x = self.resample(x)
+        if hasattr(self, self.style.shortcut):
+            x = getattr(self, self.style.shortcut)(x)
+        return (x + h) * self.style.residual_scale
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head with a residual."""
+
+    def __init__(self, channels: int, style: Style):
+        super().__init__()
+        self.style = style
+        self.GroupNorm_0 = style.norm(channels)
+        self.NIN_0, self.NIN_1, self.NIN_2, self.NIN_3 = (NIN(channels, channels) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.GroupNorm_0(x)
+        q, k, v = (layer(h).flatten(2)[:, None] for layer in (self.NIN_0, self.NIN_1, self.NIN_2))
+        return (x + self.NIN_3(attention(q, k, v).reshape(x.shape))) * self.style.residual_scale
+
+
+class Downsample(nn.Module):
+    """Half the resolution outside a residual block: FIR and stride-2 convolution, or the convolution alone."""
+
+    def __init__(self, in_channels: int, out_channels: int, fir: Sequence[float] | None = None):
+        super().__init__()
+        self.register_buffer("kernel", None if fir is None else fir_kernel(fir), persistent=False)
+        self.add_module("Conv_0" if fir is None else "Conv2d_0", nn.Conv2d(in_channels, out_channels, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            return self.Conv_0(F.pad(x, (0, 1, 0, 1)))
+        weight = self.kernel.expand(x.shape[1], 1, -1, -1)
+        return self.Conv2d_0(F.conv2d(x, weight, padding=self.kernel.shape[-1] // 2, groups=x.shape[1]))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour and convolution: DDPM's way to twice the resolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.Conv_0 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Conv_0(nearest_up(x))
+
+
+class Combine(nn.Module):
+    """A 1x1 convolution of the input pyramid, added to the features or put before them."""
+
+    def __init__(self, pyramid_channels: int, channels: int, cat: bool):
+        super().__init__()
+        self.cat = cat
+        self.Conv_0 = nn.Conv2d(pyramid_channels, channels, 1)
+
+    def forward(self, pyramid: Tensor, h: Tensor) -> Tensor:
+        return torch.cat([self.Conv_0(pyramid), h], dim=1) if self.cat else self.Conv_0(pyramid) + h
+
+
+class FourierProjection(nn.Module):
+    """log sigma [B] -> (sin | cos)(2 pi W log sigma), [B, 2 nf]; W is drawn once and never trained."""
+
+    def __init__(self, nf: int, scale: float):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(nf) * scale, requires_grad=False)
+
+    def forward(self, log_sigma: Tensor) -> Tensor:
+        angle = log_sigma[:, None] * self.W[None] * 2 * math.pi
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class NCSNpp(nn.Module):
+    """DDPM++, NCSN++ and, with `name="ddpm"`, the DDPM of score_sde.
+
+    x [B, C, R, R] in [-1, 1] plus noise if `centered`, else in [0, 1]; `labels` [B]: 999 t for positional embeddings,
+    sigma for Fourier ones. The output is the noise, or with `scale_by_sigma` the score.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_channels: int,
+        centered: bool,
+        nf: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        name: str = "ncsnpp",
+        dropout: float = 0.1,
+        conditional: bool = True,
+        resamp_with_conv: bool = True,
+        scale_by_sigma: bool = False,
+        sigma_min: float = 0.01,
+        sigma_max: float = 50,
+        num_scales: int = 1000,
+        embedding_type: str = "positional",
+        fourier_scale: float = 16,
+        resblock_type: str = "biggan",
+        fir: bool = False,
+        fir_kernel: Sequence[float] = (1, 3, 3, 1),
+        skip_rescale: bool = False,
+        progressive: str = "none",
+        progressive_input: str = "none",
+        progressive_combine: str = "sum",
+    ):
+        super().__init__()
+        if name == "ddpm":  # the older code: its own names for the same choices
+            embedding_type, resblock_type, fir, skip_rescale = "positional", "ddpm", False, False
+        for key, value, known in (
+            ("name", name, ("ncsnpp", "ddpm")),
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("resblock_type", resblock_type, ("biggan", "ddpm")),
+            ("progressive", progressive, ("none", "output_skip")),
+            ("progressive_input", progressive_input, ("none", "input_skip", "residual")),
+            ("progressive_combine", progressive_combine, ("sum", "cat")),
+        ):
+            if value not in known:
+                raise ConfigError(f"NCSNpp: {key}={value} is not supported; possible: {', '.join(known)}")
+        self.image_size, self.levels, self.num_res_blocks = image_size, len(ch_mult), num_res_blocks
+        self.attn_resolutions = tuple(attn_resolutions)
+        self.nf, self.centered, self.conditional, self.scale_by_sigma = nf, centered, conditional, scale_by_sigma
+        self.fourier, self.biggan = embedding_type == "fourier", resblock_type == "biggan"
+        self.progressive, self.progressive_input = progressive, progressive_input
+        self.register_buffer("sigmas", torch.from_numpy(np.exp(np.linspace(*np.log([sigma_max, sigma_min]), num_scales))))
+
+        taps = tuple(fir_kernel) if fir else None
+        style = Style(
+            groups=(lambda channels: 32) if name == "ddpm" else (lambda channels: min(channels // 4, 32)),
+            temb_channels=4 * nf if conditional else 0,
+            dropout=dropout,
+            fir=taps,
+            residual_scale=math.sqrt(0.5) if skip_rescale else 1.0,
+            shortcut="Conv_2" if self.biggan else "NIN_0",
+        )
+        self.residual_scale = style.residual_scale
+        self.pyramid_down, self.pyramid_up = Resample(False, taps), Resample(True, taps)
+        self.all_modules = nn.ModuleList()
+        add = self.all_modules.append
+
+        if self.fourier:
+            add(FourierProjection(nf, fourier_scale))
+        if conditional:
+            add(nn.Linear(2 * nf if self.fourier else nf, 4 * nf))
+            add(nn.Linear(4 * nf, 4 * nf))
+        add(nn.Conv2d(num_channels, nf, 3, padding=1))
+
+        channels, skips, pyramid_channels = nf, [nf], num_channels
+        for level, mult in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                add(ResBlock(channels, nf * mult, style))
+                channels = nf * mult
+                if self.attends(level):
+                    add(AttnBlock(channels, style))
+                skips.append(channels)
+            if level < self.levels - 1:
+                if self.biggan:
+                    add(ResBlock(channels, channels, style, down=True))
+                else:
+                    add(Downsample(channels, channels) if resamp_with_conv else Resample(False, None))
+                if progressive_input == "input_skip":
+                    cat = progressive_combine == "cat"
+                    add(Combine(pyramid_channels, channels, cat))
+                    channels *= 1 + cat
+                elif progressive_input == "residual":
+                    add(Downsample(pyramid_channels, channels, taps))
+                    pyramid_channels = channels
+                skips.append(channels)
+
+        add(ResBlock(channels, channels, style))
+        add(AttnBlock(channels, style))
+        add(ResBlock(channels, channels, style))
+
+        for level in range(self.levels - 1, -1, -1):
+            for _ in range(num_res_blocks + 1):
+                add(ResBlock(channels + skips.pop(), nf * ch_mult[level], style))
+                channels = nf * ch_mult[level]
+            if self.attends(level):
+                add(AttnBlock(channels, style))
+            if progressive == "output_skip":
+                add(style.norm(channels))
+                add(nn.Conv2d(channels, num_channels, 3, padding=1))
+            if level > 0:
+                if self.biggan:
+                    add(ResBlock(channels, channels, style, up=True))
+                else:
+                    add(Upsample(channels) if resamp_with_conv else Resample(True, None))
+        if progressive != "output_skip":
+            add(style.norm(channels))
+            add(nn.Conv2d(channels, num_channels, 3, padding=1))
+
+    def attends(self, level: int) -> bool:
+        return self.image_size >> level in self.attn_resolutions
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        take = iter(self.all_modules).__next__  # the list is in the order of use
+        sigma = labels if self.fourier else self.sigmas[labels.long()].float() if self.scale_by_sigma else None
+        temb = None
+        if self.fourier:
+            temb = take()(labels.log())
+        else:
+            cos, sin = sinusoids(labels, self.nf, endpoint=True)
+            temb = torch.cat([sin, cos], dim=1)
+        temb = take()(temb) if self.conditional else None
+        temb = take()(F.silu(temb)) if self.conditional else None
+
+        def resample(h: Tensor) -> Tensor:
+            return take()(h, temb) if self.biggan else take()(h)
+
+        x = x if self.centered else 2 * x - 1
+        pyramid = x
+        skips = [take()(x)]
+        for level in range(self.levels):
+            for _ in range(self.num_res_blocks):
+                h = take()(skips[-1], temb)
+                skips.append(take()(h) if self.attends(level) else h)
+            if level < self.levels - 1:
+                h = resample(skips[-1])
+                if self.progressive_input == "input_skip":
+                    pyramid = self.pyramid_down(pyramid)
+                    h = take()(pyramid, h)
+                elif self.progressive_input == "residual":
+                    h = pyramid = (take()(pyramid) + h) * self.residual_scale
+                skips.append(h)
+
+        h = take()(skips[-1], temb)
+        h = take()(h)
+        h = take()(h, temb)
+
+        out: Tensor | None = None
+        for level in range(self.levels - 1, -1, -1):
+            for _ in range(self.num_res_blocks + 1):
+                h = take()(torch.cat([h, skips.pop()], dim=1), temb)
+            if self.attends(level):
+                h = take()(h)
+            if self.progressive == "output_skip":
+                part = take()(F.silu(take()(h)))
+                out = part if out is None else self.pyramid_up(out) + part
+            if level > 0:
+                h = resample(h)
+        if out is None:
+            out = take()(F.silu(take()(h)))
+        return out if sigma is None or not self.scale_by_sigma else out / sigma.view(-1, 1, 1, 1)

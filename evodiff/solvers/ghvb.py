@@ -1,0 +1,108 @@
+"""Momentum against divergence artifacts (Wizadwongsa et al., arXiv 2307.11118): heavy ball on any multistep solver, and
+generalised heavy ball (GHVB, algorithm 2). One evaluation per step of the base, or per step.
+
+In y = x / alpha and kappa = sigma / alpha the diffusion ODE is dy/dkappa = eps. Heavy ball averages the slope that the
+base would take, v <- (1 - beta) v + beta slope, which costs an order unless beta = 1. GHVB averages eps and weights the
+last r averages so that the order stays r: at beta = 1 it is Adams-Bashforth r.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.grid import Step
+from evodiff.noise import Noise
+from evodiff.solvers.base import Multistep, Solver, State
+
+
+def check_beta(beta: float, name: str) -> None:
+    if not 0 < beta <= 1:
+        raise ConfigError(f"{name}: beta={beta} is impossible; possible: above 0, up to 1 (no momentum)")
+
+
+@dataclass(frozen=True)
+class HeavyBall(Solver):
+    """Heavy-ball momentum on `base`, a multistep solver without a corrector (which would undo it)."""
+
+    base: Solver
+    beta: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta, "HeavyBall")
+        name = type(self.base).__name__
+        if not isinstance(self.base, Multistep):
+            raise ConfigError(
+                f"HeavyBall: base={name} is no multistep solver; possible: dpmpp_2m, deis, ipndm and the like"
+            )
+        if type(self.base).correct is not Multistep.correct and getattr(self.base, "corrector", True):
+            raise ConfigError(f"HeavyBall: base={name} has a corrector, which would undo the momentum; turn it off")
+
+    @property
+    def global_order(self) -> float:
+        return self.base.global_order if self.beta == 1 else 1
+
+    def evaluations(self, steps: int) -> int:
+        return self.base.evaluations(steps)
+
+    def init(self, noise: Noise | None) -> State:
+        return self.base.init(noise), None
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
+        past, v = state
+        s, t = step.s, step.t
+        x_t, past = self.base.step(denoise, x, step, past)
+        if self.beta == 1:
+            return x_t, (past, None)
+        y, dk = x / s.alpha, t.kappa - s.kappa
+        slope = (x_t / t.alpha - y) / dk
+        v = slope if v is None else (1 - self.beta) * v + self.beta * slope
+        return t.alpha * (y + dk * v), (past, v)
+
+
+@dataclass(frozen=True)
+class GHVB(Solver):
+    """GHVB of order `order` and momentum `beta`; the paper writes GHVB(r - 1 + beta), for example 1.8 or 3.4."""
+
+    order: int = 4
+    beta: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta, "GHVB")
+        if self.order not in (1, 2, 3, 4):
+            raise ConfigError(f"GHVB: order={self.order} does not exist; possible: 1, 2, 3, 4")
+
+    @property
+    def global_order(self) -> float:
+        """The weights are of steps of equal length in kappa: on other grids no more than 2."""
+        return 2 if self.order > 1 else (1.0)
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
+        s, t = step.s, step.t
+        eps = (x - s.alpha * denoise(x, s)) / s.sigma
+        v = eps if not state else (1 - self.beta) * state[-1] + self.beta * eps
+        state = (*state, v)[-self.order :]
+        weights = ghvb_weights(len(state), self.beta)
+        slope = sum((w * v for w, v in zip(weights[1:], state[-2::-1], strict=True)), weights[0] * v)
+        return t.alpha * (x / s.alpha + (t.kappa - s.kappa) * slope), state
+
+
+@lru_cache
+def ghvb_weights(order: int, beta: float) -> tuple[float, ...]:
+    """The weights of v, newest first, that make the mean slope over the next step exact for polynomials below `order`.
+
+    For eps = e^{au}, steps of length 1, v_n = beta / (1 - (1 - beta) e^-a) e^{an}; the mean over the next step is
+    (e^a - 1) / a. So sum_j w_j e^{-aj} = (e^a - 1) / a (1 - (1 - beta) e^-a) / beta to order - 1 in a: order 2 gives
+    (2 + beta) / (2 beta) and -(2 - beta) / (2 beta), as in the paper's table.
+    """
+    n = np.arange(order)
+    factorial = np.cumprod(np.maximum(n, 1)).astype(float)
+    mean = 1 / (factorial * (n + 1))  # (e^a - 1) / a
+    lag = -(1 - beta) * (-1.0) ** n / factorial  # 1 - (1 - beta) e^-a
+    lag[0] += 1
+    target = np.convolve(mean, lag)[:order] / beta
+    powers = (-np.arange(order, dtype=float))[None, :] ** n[:, None] / factorial[:, None]
+    return tuple(np.linalg.solve(powers, target).tolist())

@@ -1,0 +1,28 @@
+"""Fixtures shared by the tests."""
+
+import pytest
+
+import evodiff.commands
+import evodiff.experiment
+import evodiff.report
+from evodiff.cli import main
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty results folder instead of the project's own."""
+    for module in (evodiff.commands, evodiff.experiment, evodiff.report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def evodiff_command(results, capsys):
+    """The command line: arguments in, (exit code, standard output, standard error) out."""
+
+    def run(*argv):
+        code = main(list(argv))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

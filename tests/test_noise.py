@@ -1,0 +1,52 @@
+"""A sample is its seed."""
+
+import pytest
+import torch
+
+from evodiff.errors import ConfigError
+from evodiff.noise import LegacyNoise, SeededNoise
+
+SHAPE = (1, 4, 4)
+
+
+def test_a_seed_does_not_depend_on_its_batch():
+    together = SeededNoise(range(10)).latents(SHAPE)
+    parts = torch.cat([SeededNoise(range(a, b)).latents(SHAPE) for a, b in ((0, 3), (3, 4), (4, 10))])
+    assert torch.equal(together, parts)
+
+
+def test_a_seed_is_torchs_own():
+    torch.manual_seed(7)
+    assert torch.equal(SeededNoise([7]).latents(SHAPE)[0], torch.randn(SHAPE))
+
+
+def test_labels_have_their_own_stream():
+    """Drawing labels changes no noise, and noise no labels; labels reach every class."""
+    quiet, drawn = SeededNoise(range(50)), SeededNoise(range(50))
+    labels = drawn.labels(10)
+    assert torch.equal(quiet.latents(SHAPE), drawn.latents(SHAPE))
+    assert torch.equal(quiet.labels(10), labels)
+    assert set(labels.tolist()) == set(range(10))
+
+
+def test_fresh_noise_is_fresh_and_repeatable():
+    x = torch.zeros(2, *SHAPE, dtype=torch.float64)
+    a, b = SeededNoise([1, 2]), SeededNoise([1, 2])
+    first, second = a.normal(x), a.normal(x)
+    assert not torch.equal(first, second)
+    assert first.dtype == x.dtype
+    assert torch.equal(first, b.normal(x))
+
+
+def test_legacy_replays_one_global_seed_in_batches():
+    torch.manual_seed(10)
+    stream = torch.cat([torch.randn(5, *SHAPE) for _ in range(3)])
+    for seeds in (range(15), range(4, 11), [12, 3]):
+        assert torch.equal(LegacyNoise(seeds, seed=10, batch=5).latents(SHAPE), stream[list(seeds)])
+
+
+def test_legacy_has_no_noise_for_stochastic_solvers_nor_labels():
+    with pytest.raises(ConfigError, match="noise=seeded"):
+        LegacyNoise([0]).normal(torch.zeros(1, *SHAPE))
+    with pytest.raises(ConfigError, match="noise=seeded"):
+        LegacyNoise([0]).labels(10)

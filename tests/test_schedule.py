@@ -1,0 +1,69 @@
+"""Schedules against their definitions and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
+
+SCHEDULES = [EDM(), LinearVP(), CosineVP(), DiscreteVP.linear()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(part=st.floats(0, 1))
+def test_t_at_inverts_lam(schedule, part):
+    t = schedule.t_end + part * (schedule.t_start - schedule.t_end)
+    assert schedule.t_at(schedule.node(t).lam) == pytest.approx(t, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@given(part=st.floats(0, 1))
+def test_vp_preserves_variance(schedule, part):
+    node = schedule.node(schedule.t_end + part * (schedule.t_start - schedule.t_end))
+    assert node.alpha**2 + node.sigma**2 == pytest.approx(1, rel=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lam_rises_as_time_falls(schedule):
+    lams = [schedule.node(t).lam for t in np.linspace(schedule.t_start, schedule.t_end, 50)]
+    assert all(a < b for a, b in zip(lams, lams[1:], strict=False))
+
+
+def test_linear_vp_is_the_integral_of_beta():
+    """log alpha(t) = -1/2 of the integral of beta, here by Simpson's rule, exact for a linear function."""
+    schedule, t = LinearVP(), 0.37
+    beta = [schedule.beta_min + s * (schedule.beta_max - schedule.beta_min) for s in (0, t / 2, t)]
+    integral = t / 6 * (beta[0] + 4 * beta[1] + beta[2])
+    assert math.log(schedule.node(t).alpha) == pytest.approx(-0.5 * integral, rel=1e-12)
+
+
+def test_cosine_vp_follows_its_formula():
+    f = [math.cos((t + 0.008) / 1.008 * math.pi / 2) for t in (0.0, 0.4)]
+    assert CosineVP().node(0.4).alpha == pytest.approx(f[1] / f[0], rel=1e-12)
+
+
+def test_discrete_vp_passes_through_the_products_of_its_betas():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    schedule = DiscreteVP.linear()
+    for i in (0, 1, 499, 999):
+        assert schedule.node((i + 1) / 1000).alpha ** 2 == pytest.approx(np.prod(1 - betas[: i + 1]), rel=1e-10)
+
+
+def test_discrete_vp_is_linear_in_log_alpha_between_its_times():
+    schedule = DiscreteVP.from_betas([0.1, 0.2, 0.3])
+    a, b = (math.log(schedule.node(t).alpha) for t in (1 / 3, 2 / 3))
+    assert math.log(schedule.node(0.5).alpha) == pytest.approx((a + b) / 2, rel=1e-12)
+
+
+def test_discrete_vp_refuses_what_does_not_fall():
+    with pytest.raises(ValueError, match="strictly falling"):
+        DiscreteVP((-0.1, -0.1))
+
+
+def test_edm_kappa_is_time():
+    node = EDM().node(3.0)
+    assert (node.kappa, node.lam) == (3.0, pytest.approx(-math.log(3)))
+    assert EDM().node(0.0).lam == math.inf
