@@ -5,7 +5,6 @@ A folder holds l.npz with `l` and sb.npz with `s` and `b`, [M + 1, C, H, W], as 
 half-log-SNRs, `lambdas` [M + 1], in l.npz.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
@@ -22,7 +22,7 @@ from evodiff.files import whole_file
 from evodiff.grid import LogSNR, TimeGrid
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
-from evodiff.paths import ROOT
+from evodiff.paths import CHECKPOINTS, ROOT
 from evodiff.progress import progress
 from evodiff.sampling import integrate
 from evodiff.schedule import Node
@@ -63,7 +63,7 @@ def load(folder: str, lambdas: Sequence[float] | None = None) -> Statistics:
             f"the last, rising, for example [-4.382, 6.2146] for EDM from 80 to 0.002 (not {lambdas})"
         )
     else:
-        nodes = torch.linspace(*map(float, lambdas), len(arrays[0]), dtype=torch.float64)
+        nodes = torch.linspace(float(lambdas[0]), float(lambdas[1]), len(arrays[0]), dtype=torch.float64)
     return Statistics(nodes, *arrays)
 
 
@@ -174,48 +174,33 @@ def compute(
 
 def main(argv: list[str]) -> int:
     """`evodiff stats ems model=NAME [nodes=120] [samples=1024] [batch=64] [out=DIR] [model.KEY=...]`."""
-    from evodiff.config import build, compose, essential
-    from evodiff.experiment import device_for
+    from evodiff.config import essential
+    from evodiff.settings import model_of, parse
 
-    parser = argparse.ArgumentParser(prog="evodiff stats ems", description=__doc__)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="model, nodes, samples, batch, out, device")
-    given = parser.parse_args(argv).settings
-    numbers, least = {"nodes": 120, "samples": 1024, "batch": 64}, {"nodes": 2, "samples": 1, "batch": 1}
-    out, overrides = None, []
-    for text in given:
-        key, _, value = text.partition("=")
-        if key in numbers:
-            if not value.isdigit() or int(value) < least[key]:
-                raise ConfigError(f"{text} is impossible: {key} must be a whole number, at least {least[key]}")
-            numbers[key] = int(value)
-        elif key == "out":
-            out = Path(value)
-        else:
-            overrides.append(text)
-    cfg = compose("run", overrides)
-    folder = out or ROOT / "checkpoints" / cfg.model.name / "ems"
-    model: Pretrained = build(cfg.model, device=device_for(cfg.device))
+    defaults = {"nodes": 120, "samples": 1024, "batch": 64, "out": None}
+    given, overrides = parse("stats ems", __doc__, argv, defaults)
+    if given["nodes"] < 2:
+        raise ConfigError(f"nodes={given['nodes']} is impossible: differences along a trajectory need at least 2")
+    cfg, model, ends = model_of(overrides)
     schedule = model.denoiser(None).schedule
-    t_start, t_end = cfg.t_start or schedule.t_start, cfg.t_end or schedule.t_end
-    if not t_start > t_end > 0:
-        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end above 0")
-    grid = TimeGrid.at(LogSNR().times(numbers["nodes"], schedule, t_start, t_end), schedule)
+    grid = TimeGrid.at(LogSNR().times(given["nodes"], schedule, *ends), schedule)
     identity = {
-        "model": essential(cfg.model),
+        "model": essential(OmegaConf.to_container(cfg.model)),
         "files": dict(model.files),
-        "nodes": numbers["nodes"],
-        "samples": numbers["samples"],
-        "t": [t_start, t_end],
+        "nodes": given["nodes"],
+        "samples": given["samples"],
+        "t": list(ends),
     }
+    folder = Path(given["out"] or CHECKPOINTS / cfg.model.name / "ems")
     partial = folder / "partial.npz"
-    statistics = compute(model, grid, numbers["samples"], numbers["batch"], partial, identity)
-    with whole_file(folder / "ems.json") as temporary:
-        temporary.write_text(json.dumps(identity, indent=1, default=str) + "\n")
+    statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
     save(folder, statistics)
+    with whole_file(folder / "ems.json") as temporary:
+        temporary.write_text(json.dumps(identity, indent=1) + "\n")
     partial.unlink()
     print(
-        f"{folder}: l.npz, sb.npz of {numbers['samples']} samples at {numbers['nodes'] + 1} half-log-SNRs; "
-        f"use them with solver=dpm_v3 '+solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}'"
+        f"{folder}: l.npz, sb.npz of {given['samples']} samples at {given['nodes'] + 1} half-log-SNRs. Use them with "
+        f"solver=dpm_v3 'solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}'"
     )
     return 0
 

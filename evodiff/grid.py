@@ -119,6 +119,54 @@ class TimeUniform:
 
 
 @dataclass(frozen=True)
+class NSR:
+    """Uniform in log(kappa + k kappa_end) (SciRE-Solver, arXiv 2308.07896, appendix; k from 2 to 7 is advised)."""
+
+    k: float = 3.1
+
+    def __post_init__(self) -> None:
+        if not self.k >= 0:
+            raise ConfigError(f"grid: k={self.k} is impossible; possible: 0 (uniform in half-log-SNR) and above")
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        shift = self.k * schedule.node(t_end).kappa
+        a, b = (math.log(schedule.node(t).kappa + shift) for t in (t_start, t_end))
+        inner = [schedule.t_at(-math.log(math.exp(a + (b - a) * i / n) - shift)) for i in range(1, n)]
+        return [t_start, *inner, t_end]
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """A published list of kappa = sigma/alpha, log-linear between its entries for other numbers of steps.
+
+    The way of Align Your Steps (arXiv 2404.14507). The list keeps its own ends, whatever t_start and t_end are.
+    """
+
+    kappas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in zip(self.kappas, self.kappas[1:], strict=False))
+        if len(self.kappas) < 2 or not falling or not self.kappas[-1] > 0:
+            raise ConfigError(f"grid: kappas must be at least two falling numbers above 0, not {list(self.kappas)}")
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        high, low = schedule.node(schedule.t_start).kappa, schedule.node(schedule.t_end).kappa
+        if self.kappas[0] > high * 1.01 or self.kappas[-1] < low * 0.99:  # published with three digits
+            raise ConfigError(
+                f"grid: kappas from {self.kappas[0]:g} to {self.kappas[-1]:g} do not fit this model's schedule, "
+                f"which has {high:.4g} to {low:.4g}: choose another grid, like grid=logsnr"
+            )
+        logs = [math.log(kappa) for kappa in self.kappas]
+        times = []
+        for i in range(n + 1):
+            place = i * (len(logs) - 1) / n
+            left = min(int(place), len(logs) - 2)
+            log_kappa = logs[left] + (place - left) * (logs[left + 1] - logs[left])
+            times.append(schedule.t_at(-min(max(log_kappa, math.log(low)), math.log(high))))
+        return times
+
+
+@dataclass(frozen=True)
 class FromFile:
     """Times from a JSON file: a list of falling numbers, or a mapping from the number of steps to such a list."""
 
@@ -139,7 +187,9 @@ class FromFile:
         if not all(a > b for a, b in zip(times, times[1:], strict=False)) or times[-1] < 0:
             raise ConfigError(f"grid file {self.path}: the times must fall strictly and end at 0 or above: {times}")
         if times[0] > schedule.t_start * (1 + 1e-9):
-            raise ConfigError(f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}")
+            raise ConfigError(
+                f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}"
+            )
         return [float(t) for t in times]
 
 
@@ -163,7 +213,7 @@ def grid_for(
     if not t_start > t_end > 0:
         raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end above 0")
     steps = steps_for(nfe, solver, denoise_final)
-    return TimeGrid.at(spacing.times(steps, schedule, t_start, t_end), schedule)
+    return TimeGrid.at(solver.times(spacing, steps, schedule, t_start, t_end), schedule)
 
 
 def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:
@@ -171,7 +221,9 @@ def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:
     name = type(solver).__name__
     if solver.adaptive:
         if nfe is not None:
-            raise BudgetError(f"{name} chooses its own steps, so nfe={nfe} cannot be set. Use nfe=null; set rtol and atol.")
+            raise BudgetError(
+                f"{name} chooses its own steps, so nfe={nfe} cannot be set. Use nfe=null; set rtol and atol."
+            )
         return 1
     if nfe is None:
         raise BudgetError(f"{name} needs a budget: nfe=null is for adaptive solvers. Set nfe to a number above 0.")

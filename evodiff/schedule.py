@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from evodiff.errors import ConfigError
+
 
 class Node(NamedTuple):
     """A point of a noise schedule: x_t = alpha x_0 + sigma z. Python floats: double precision, and no GPU sync."""
@@ -53,6 +55,8 @@ class EDM:
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1, given by log alpha(t) and its inverse."""
 
+    t_end: float
+
     def log_alpha(self, t: float) -> float:
         raise NotImplementedError
 
@@ -61,6 +65,10 @@ class VariancePreserving:
 
     def node(self, t: float) -> Node:
         log_alpha = self.log_alpha(t)
+        if log_alpha > 0:
+            raise ConfigError(
+                f"t={t:.6g} is below the times of this schedule, which ends at {self.t_end:.6g}: set t_start and t_end."
+            )
         return Node(t, math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)))
 
     def t_at(self, lam: float) -> float:

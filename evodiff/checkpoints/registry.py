@@ -83,7 +83,9 @@ def _read(path: Path) -> Mapping[str, Entry]:
             continue
         unknown = sorted(values.keys() - known)
         if unknown or values.get("kind") not in KINDS:
-            wrong = f"{unknown[0]} is no field" if unknown else f"kind={values.get('kind')} is none of {', '.join(KINDS)}"
+            wrong = (
+                f"{unknown[0]} is no field" if unknown else f"kind={values.get('kind')} is none of {', '.join(KINDS)}"
+            )
             raise ConfigError(f"{path}: {name}: {wrong}")
         lists = {key: tuple(values[key]) for key in ("urls", "needs") if key in values}
         entries[name] = Entry(name=name, **{**values, **lists})

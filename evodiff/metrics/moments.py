@@ -13,6 +13,9 @@ from torch import Tensor
 from evodiff.errors import MetricError
 from evodiff.files import whole_file
 
+ROWS = 4096
+"""Converted to float64 at one time."""
+
 
 @dataclass
 class Moments:
@@ -45,18 +48,19 @@ class Moments:
         """Take in features [B, d] of any float type. Raises MetricError on another dimension, or on NaN and inf."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise MetricError(f"features of shape {tuple(features.shape)} do not fit moments of dimension {self.dim}")
-        finite = features.isfinite().all(1)
+        finite = features.sum(1).isfinite()
         if not finite.all():
             row = int((~finite).nonzero()[0])
             raise MetricError(
                 f"the features of image {self.n + row} (counted from 0) are not finite: look at that image and at the "
                 f"precision of the extractor"
             )
-        # products of float32 numbers are exact in float64; summed in float32 they lose the small eigenvalues
-        wide = features.to("cpu", torch.float64)
-        self.n += len(wide)
-        self.total += wide.sum(0)
-        self.outer.addmm_(wide.T, wide)
+        for part in features.split(ROWS):
+            # products of float32 numbers are exact in float64; summed in float32 they lose the small eigenvalues
+            wide = part.to("cpu", torch.float64)
+            self.n += len(wide)
+            self.total += wide.sum(0)
+            self.outer.addmm_(wide.T, wide)
 
     def __add__(self, other: Moments) -> Moments:
         if other.dim != self.dim:

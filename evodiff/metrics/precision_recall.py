@@ -10,6 +10,8 @@ from evodiff.errors import MetricError
 
 BLOCK_BYTES = 128 * 2**20
 """Distances held at one time."""
+PIECE = 4096
+"""Rows centred at one time."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,12 @@ def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> Coverage:
     """
     if min(len(fake), len(real)) <= k:
         raise MetricError(f"balls of {k} neighbours need more than {k} images; there are {len(fake)} and {len(real)}")
-    # distances from inner products cancel badly far from the origin
-    centre = real.double().mean(0).to(real.dtype)
-    fake, real = fake - centre, real - centre
-    fake_radii, real_radii = _squared_radii(fake, k), _squared_radii(real, k)
+    centre = real.mean(0)
+    fake_radii, real_radii = (_squared_radii(points, k, centre) for points in (fake, real))
     precise = balls = 0
     recalled = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for rows, distances in _blocks(fake, real):
+    for rows, distances in _blocks(fake, real, centre):
         in_real = distances <= real_radii
         precise += int(in_real.any(1).sum())
         balls += int(in_real.sum())
@@ -48,17 +48,26 @@ def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> Coverage:
     return Coverage(precise / n, recalled.sum().item() / m, balls / (k * n), covered.sum().item() / m)
 
 
-def _squared_radii(points: Tensor, k: int) -> Tensor:
+def _squared_radii(points: Tensor, k: int, centre: Tensor) -> Tensor:
     # the nearest is the point itself
-    return torch.cat([d.topk(k + 1, largest=False).values[:, k] for _, d in _blocks(points, points)])
+    return torch.cat([d.topk(k + 1, largest=False).values[:, k] for _, d in _blocks(points, points, centre)])
 
 
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances of some rows of a to all rows of b."""
-    norms = b.square().sum(1)
+def _blocks(a: Tensor, b: Tensor, centre: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances of some rows of a to all rows of b.
+
+    From inner products, which far from the origin cancel badly: both sides are taken relative to `centre`, piece by
+    piece so that neither is copied as a whole.
+    """
     size = max(1, BLOCK_BYTES // (len(b) * b.element_size()))
+    distances = torch.empty(min(size, len(a)), len(b), dtype=b.dtype)
+    norms = torch.cat([(piece - centre).square().sum(1) for piece in b.split(PIECE)])
     for start in range(0, len(a), size):
-        rows = slice(start, start + size)
-        part = a[rows]
-        distances = torch.addmm(norms, part, b.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
-        yield rows, distances.clamp_(min=0)
+        rows = slice(start, min(start + size, len(a)))
+        part = a[rows] - centre
+        block = distances[: len(part)]
+        for column in range(0, len(b), PIECE):
+            columns = slice(column, column + PIECE)
+            block[:, columns] = part @ (b[columns] - centre).T
+        block.mul_(-2).add_(norms).add_(part.square().sum(1, keepdim=True)).clamp_(min=0)
+        yield rows, block

@@ -57,7 +57,7 @@ class Protocol:
                 raise ConfigError(
                     f"protocol {self.name}: {key}={getattr(self, key)!r} is not possible; choose {' or '.join(values)}"
                 )
-        if self.n < 2:
+        if not isinstance(self.n, int) or self.n < 2:
             raise ConfigError(f"protocol {self.name}: n={self.n} is not possible; a covariance needs 2 images or more")
 
     def fields(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def resize_matrix(n: int, size: int, kernel: str) -> Tensor:
     if kernel == "torch":
         out = F.interpolate(lit, (size, n), mode="bilinear", align_corners=False)
     elif kernel == "clean":
-        out = F.interpolate(lit, (size, n), mode="bicubic", align_corners=False, antialias=True)
+        # Pillow takes its weights in double precision
+        out = F.interpolate(lit.double(), (size, n), mode="bicubic", align_corners=False, antialias=True).float()
     else:
         raise ValueError(f"no resize kernel is called {kernel!r}")
     return out[0, 0]

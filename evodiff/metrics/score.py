@@ -165,7 +165,8 @@ class Rows:
         end = self._filled + len(rows)
         if end > len(self._data):
             grown = torch.empty(max(end, self.expected, len(self._data) * 3 // 2), rows.shape[1], dtype=rows.dtype)
-            grown[: self._filled] = self.tensor
+            if self._filled:
+                grown[: self._filled] = self.tensor
             self._data = grown
         self._data[self._filled : end] = rows
         self._filled = end
@@ -182,15 +183,26 @@ def extractor_of(protocol: Protocol, device: str = "cpu", weights: Path | None =
     return extract
 
 
+def reference_path(protocol: Protocol) -> Path:
+    """Where the reference file lies. Raises ConfigError, saying how to get it, if the registry's is not here."""
+    path = CHECKPOINTS / protocol.reference
+    if path.exists() or path.suffix:
+        return path
+    from evodiff.checkpoints import require
+
+    return require(protocol.reference)
+
+
+def files_used(protocol: Protocol, device: str = "cpu") -> dict[str, str]:
+    """sha256 in full of what a score depends on: for the record, where the protocol knows less than that."""
+    return {"extractor": extractor_of(protocol, device).sha256, "reference": sha256(reference_path(protocol))}
+
+
 @cache
 def reference_of(protocol: Protocol) -> Reference:
     """Loaded once, so that its covariance is factored once. MetricError if it is another file than the protocol names,
     or was made by another extractor."""
-    path = CHECKPOINTS / protocol.reference
-    if not path.exists() and not path.suffix:
-        from evodiff.checkpoints import require
-
-        path = require(protocol.reference)
+    path = reference_path(protocol)
     reference = Reference.load(path)
     _check_digest(str(path), sha256(path), protocol.reference_sha256, protocol)
     made_by = reference.provenance.get("extractor_sha256")

@@ -1,8 +1,14 @@
 """EDM-preconditioned networks as denoisers (Karras et al., arXiv 2206.00364)."""
 
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evodiff.denoiser import Denoiser
+from evodiff.models.loading import load_network, schedule_of
+from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import EDM, Node, NoiseSchedule
 
 
@@ -20,3 +26,24 @@ class Preconditioned:
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         sigma = torch.tensor(node.kappa, device=x.device)
         return self.net(x / node.alpha, sigma, self.class_labels).to(x.dtype)
+
+
+def edm(checkpoint: str, schedule: NoiseSchedule | None = None, device: torch.device | str = "cpu") -> Pretrained:
+    """A network of NVlabs/edm, by name or file; sampled on the EDM schedule of its noise levels, or on another one."""
+    net, file = load_network(checkpoint, "edm", device)
+    size, channels, classes = (file.config.get(k, 0) for k in ("img_resolution", "img_channels", "label_dim"))
+    schedule = schedule or schedule_of(file.schedule)
+
+    def denoiser(labels: Tensor | None) -> Denoiser:
+        one_hot = None
+        if classes and labels is not None:
+            one_hot = F.one_hot(labels, classes).to(device, torch.float32)
+        return Preconditioned(net, schedule, one_hot)
+
+    return Pretrained(
+        denoiser,
+        shape=(channels, size, size),
+        num_classes=classes,
+        files={Path(checkpoint).name: file.sha256},
+        device=torch.device(device),
+    )

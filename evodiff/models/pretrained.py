@@ -2,11 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.schedule import Node
+
+
+class Classifier(Protocol):
+    """log p(y | x) of noisy images, differentiable in x: x [B, C, H, W] at `node`, labels int64 [B] -> [B]."""
+
+    def __call__(self, x: Tensor, node: Node, labels: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -16,6 +24,7 @@ class Pretrained:
     `denoiser(labels)` is D(x, node) for one batch: `labels` int64 [B], or None for an unconditional model or the
     unconditional branch of guidance. `shape` is [C, H, W] of one sample, in [-1, 1] unless `decode` turns samples into
     images [B, 3, H', W'] in [-1, 1] (latent models). `files` maps each weight file to its sha256, for the records.
+    `classifier` is what classifier guidance follows.
     """
 
     denoiser: Callable[[Tensor | None], Denoiser]
@@ -24,3 +33,4 @@ class Pretrained:
     decode: Callable[[Tensor], Tensor] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
+    classifier: Classifier | None = None

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
-from evodiff.grid import Step
+from evodiff.grid import Spacing, Step
 from evodiff.noise import Noise
-from evodiff.schedule import Node
+from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.exponential import DATA, Prediction
 
 State = Any
@@ -26,13 +26,16 @@ class Solver(ABC):
 
     adaptive: ClassVar[bool] = False
     """The solver chooses its own steps inside a grid of one step: NFE is a result, not a budget."""
-    equivariant: ClassVar[bool] = True
-    """The solver sees the schedule through kappa = sigma / alpha only: x / alpha on VP is its path on EDM."""
 
     @property
     def stochastic(self) -> bool:
         """The solver draws noise on its way: `init` needs it."""
         return False
+
+    @property
+    def equivariant(self) -> bool:
+        """The solver sees the schedule through kappa = sigma / alpha only: x / alpha on VP is its path on EDM."""
+        return True
 
     @property
     @abstractmethod
@@ -47,11 +50,15 @@ class Solver(ABC):
         """This solver for a budget of `nfe` steps' evaluations: singlestep methods choose their orders by it."""
         return self
 
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        """Where `steps` steps put their ends: the spacing's times, unless the method has its own way with it."""
+        return spacing.times(steps, schedule, t_start, t_end)
+
     def init(self, noise: Noise | None) -> State:
         """The state before the first step. Raises SamplingError if a stochastic solver gets no noise."""
         if self.stochastic and noise is None:
             raise SamplingError(
-                f"{type(self).__name__} is stochastic and got no noise; give integrate(noise=...), like SeededNoise(seeds)"
+                f"{type(self).__name__} is stochastic and got no noise; give integrate one, like SeededNoise(seeds)"
             )
         return noise if self.stochastic else ()
 

@@ -5,7 +5,8 @@ One evaluation per step. With d(s -> t | x) the DDIM increment from x at s to t,
     x_+ = gamma x_- + (1 - gamma) x - gamma d(s -> before | x) + d(s -> after | x)
 
 which is linear in x_- : two states in a row, x and x_+, give back x_- (`Inversion`). gamma = 0 is DDIM, gamma = 1 the
-paper's first form. Order 1, and 2 for gamma = 1.
+paper's first form. Order 1, and 2 for gamma = 1. The paper has x; here it is x / alpha by default, which is the same on
+EDM and makes VP and EDM agree.
 """
 
 from dataclasses import dataclass
@@ -15,39 +16,95 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
-from evodiff.grid import Step, TimeGrid
+from evodiff.grid import Step
 from evodiff.noise import Noise
-from evodiff.sampling import integrate
-from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import ddim
 
 
 @dataclass(frozen=True)
 class BDIA(Solver):
-    """From noise to data; the state is the one before x."""
+    """From noise to data. With `pair`, from (x_0, x_1) to (x_{N-1}, x_N), stacked first: [2, B, C, H, W].
+
+    Without `scaled` the formula is that of the paper in x.
+    """
 
     gamma: float = 1.0
+    scaled: bool = True
+    pair: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise ConfigError(f"BDIA: gamma={self.gamma} is impossible; possible: 0 (DDIM) to 1")
 
     @property
+    def equivariant(self) -> bool:  # type: ignore[override]
+        return self.scaled
+
+    @property
     def global_order(self) -> float:
         return 2 if self.gamma == 1 else 1
+
+    def evaluations(self, steps: int) -> int:
+        return steps - self.pair
 
     def init(self, noise: Noise | None) -> State:
         return None
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, before: State) -> tuple[Tensor, State]:
+        if self.pair:
+            return (self.advance(denoise, x, step) if step.i else x), before
+        if before is None:
+            return ddim(x, denoise(x, step.s), step.s, step.t), x
+        return self.advance(denoise, torch.stack([before, x]), step)[1], x
+
+    def advance(self, denoise: Denoiser, pair: Tensor, step: Step) -> Tensor:
+        """(x_-, x) -> (x, x_+) over `step`, which has a previous one."""
+        before, x = pair
+        after, back = self.increments(denoise, x, step)
+        return torch.stack([x, after + self.weight(step) * (before - back)])
+
+    def retreat(self, denoise: Denoiser, pair: Tensor, step: Step) -> Tensor:
+        """(x, x_+) -> (x_-, x): `advance` undone."""
+        x, x_t = pair
+        after, back = self.increments(denoise, x, step)
+        return torch.stack([(x_t - after) / self.weight(step) + back, x])
+
+    def weight(self, step: Step) -> float:
+        """gamma, in the units of x."""
+        return self.gamma * step.t.alpha / step.previous.s.alpha if self.scaled else self.gamma
+
+    @staticmethod
+    def increments(denoise: Denoiser, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """DDIM from x at s to t, and back to the node before s."""
         D = denoise(x, step.s)
-        x_t = ddim(x, D, step.s, step.t)
-        if before is not None:
-            x_t = x_t + self.gamma * (before - ddim(x, D, step.s, step.previous.s))
-        return x_t, x
+        return ddim(x, D, step.s, step.t), ddim(x, D, step.s, step.previous.s)
 
 
 @dataclass(frozen=True)
 class Inversion(Solver):
-    pass
+    """BDIA from data back to noise: the pair (x_{N-1}, x_N) to (x_0, x_1), [2, B, C, H, W], on the sampler's own grid.
+
+    Exact up to rounding, which each step multiplies by about 1/gamma. One evaluation per step but one.
+    """
+
+    of: Solver
+
+    def __post_init__(self) -> None:
+        name = type(self.of).__name__
+        if self.of.stochastic:
+            raise ConfigError(f"Inversion: of={name} is stochastic: its noise cannot be inverted; possible: bdia")
+        if not isinstance(self.of, BDIA) or self.of.gamma == 0:
+            raise ConfigError(f"Inversion: of={name} has no exact inverse; possible: bdia with gamma above 0")
+
+    @property
+    def global_order(self) -> float:
+        return self.of.global_order
+
+    def evaluations(self, steps: int) -> int:
+        return steps - 1
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
+        assert isinstance(self.of, BDIA)
+        undone = Step(step.grid, len(step.grid) - 1 - step.i)
+        return (self.of.retreat(denoise, x, undone) if undone.i else x), state

@@ -1,25 +1,44 @@
-"""DDIM, deterministic (Song, Meng & Ermon, arXiv 2010.02502, eq. 12 with eta = 0).
+"""DDIM (Song, Meng & Ermon, arXiv 2010.02502, eq. 12 and 16).
 
-First order, one evaluation per step. The same step is DPM-Solver++ 1, UniP-1 and DEIS-0.
+First order, one evaluation per step. With eta = 0 it is deterministic, and the same step as DPM-Solver++ 1, UniP-1 and
+DEIS-0; with eta = 1 it is DDPM's ancestral sampling with the small variance.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
-from evodiff.solvers.exponential import ddim
+from evodiff.solvers.exponential import ddim, noise_prediction
 
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """x_t = (sigma_t / sigma_s) x_s + (alpha_t - alpha_s sigma_t / sigma_s) D(x_s, s)."""
+    """x_t = alpha_t D + sqrt(sigma_t^2 - c^2) eps + c z, with c = eta sigma_t sqrt(1 - e^{-2h})."""
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f"DDIM: eta={self.eta} is impossible; possible: 0 (deterministic) to 1 (DDPM)")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
 
     @property
     def global_order(self) -> float:
         return 1
 
-    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
-        return ddim(x, denoise(x, step.s), step.s, step.t), state
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, noise: State) -> tuple[Tensor, State]:
+        s, t = step.s, step.t
+        D = denoise(x, s)
+        if self.eta == 0:
+            return ddim(x, D, s, t), noise
+        c = self.eta * t.sigma * math.sqrt(-math.expm1(-2 * step.h))
+        eps = noise_prediction(x, D, s)
+        return t.alpha * D + math.sqrt(t.sigma**2 - c**2) * eps + c * noise.normal(x), noise

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,15 +157,13 @@ def weights(
     dtype: torch.dtype,
 ) -> Weights:
     """The coefficients of one update from lams[0] to lam_t that uses f at all of `lams`; kept, for every batch asks."""
+    decay: Tensor | float
     if statistics is None:
-        h = lam_t - lams[0]
-        decay, C = math.exp(-h), 0.0
-        # int_0^h e^u u^n / n! du = e^h h^(n + 1) phi_{n+1}(-h)
-        J = [-math.exp(h) * h**n * h_phi(n + 1, -h) for n in range(len(lams))]
+        decay, C, J = exact_integrals(lam_t - lams[0], len(lams))
         gains, shifts = [1.0] * len(lams), [0.0] * len(lams)
     else:
         decay, C, J = integrals(statistics, lams[0], lam_t, len(lams))
-        gains, shifts = zip(*(history(statistics, lams[0], lam) for lam in lams), strict=True)
+        gains, shifts = map(list, zip(*(history(statistics, lams[0], lam) for lam in lams), strict=True))
     A = derivatives(lams, pseudo)
     g = [decay * sum((J[n] * A[n, i] for n in range(1, len(lams))), J[0] * A[0, i]) for i in range(len(lams))]
     constant = sum((w * shift for w, shift in zip(g, shifts, strict=True)), -decay * C)
@@ -174,7 +172,12 @@ def weights(
     return Weights(ready[0], ready[1], tuple(ready[2:]))
 
 
-def integrals(statistics: Statistics, lam_s: float, lam_t: float, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def exact_integrals(h: float, count: int) -> tuple[float, Any, list[Any]]:
+    """What `integrals` gives for l = 1, s = b = 0: int_0^h e^u u^n / n! du = e^h h^(n + 1) phi_{n+1}(-h)."""
+    return math.exp(-h), 0.0, [-math.exp(h) * h**n * h_phi(n + 1, -h) for n in range(count)]
+
+
+def integrals(statistics: Statistics, lam_s: float, lam_t: float, count: int) -> tuple[Tensor, Any, list[Any]]:
     """e^-L, int e^(L + S) B, and int e^(L + S) (lam - lam_s)^n / n! for n < count, all from lam_s to lam_t."""
     lam, l, s, b = statistics.along(lam_s, lam_t)  # noqa: E741
     L, S = cumulative(lam, l), cumulative(lam, s)

@@ -7,10 +7,11 @@ One evaluation per step: a probe by the backward difference, the network there, 
     zeta* = -<D_i, P> / (sigma_t h |D_i|^2),    zeta = sigmoid(-(|zeta*| - mu))
 
 What is not published, and what is taken here: D_i is h B / 2, so that zeta multiplies the second-order term; B_l and
-B_u are the backward difference of D over the previous step and the forward one to the probe (l_i, u_i); P is the
-first-order arrival from s less the one from the probe, sigma_t h (D(x_s) - D(probe)), which zeta* makes agree; the
-probe is the step with B = B_l and zeta = 1; the last step is DDIM. Inner products are over all of an image, as written.
-The released code differs in each of these (`evodiff.py`).
+B_u are the backward difference of D over the previous step and the forward one to the probe (l_i, u_i), the previous
+step being as long as log kappa says it is, as in the released code (in 1/kappa few steps diverge); P is the first-order
+arrival from s less the one from the probe, sigma_t h (D(x_s) - D(probe)), which zeta* makes agree; the probe is the
+step with B = B_l and zeta = 1, 2nd-order DPM-Solver++; the last step is DDIM. Inner products are over all of an image,
+as written. The released code differs in each of these (`evodiff.py`).
 
 What it is, measured: zeta < 1 always, so the second-order term is never whole and the order is 1, not the paper's 2;
 with the field zeta = 1 it is 2.
@@ -71,8 +72,9 @@ class EVODiffPaper(Multistep):
         return ddim(past[-1].x, m0, s, t) + (t.sigma * h * zeta) * D_i
 
     def backward(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        """B_l: the slope of D in 1/kappa over the previous step."""
-        return (past[-1].m - past[-2].m) / inverse_kappa_step(step.previous)
+        """B_l: the change of D over the previous step, whose length is R h."""
+        R = step.previous.h / step.h
+        return (past[-1].m - past[-2].m) / (R * inverse_kappa_step(step))
 
 
 def inverse_kappa_step(step: Step) -> float:

@@ -3,12 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
-from evodiff.schedule import Node
+from evodiff.schedule import Node, NoiseSchedule
 
 
 def ddim(x: Tensor, D: Tensor, s: Node, t: Node) -> Tensor:
@@ -26,8 +25,8 @@ def noise_prediction(x: Tensor, D: Tensor, node: Node) -> Tensor:
 class Prediction:
     """What an exponential integrator holds constant or extrapolates: the data D or the noise eps.
 
-    The exact solution from s to t is  x_t = carry x_s - gain int e^(..) m,  and with hh = `signed(h)` its terms are
-    gain(t) h^k phi_k(hh) for both (DPM-Solver, arXiv 2206.00927, eq. 3.4; DPM-Solver++, arXiv 2211.01095, eq. 8).
+    With hh = `signed(h)` the updates of both read the same, x_t = first_order - gain(t) sum_k h_phi_k(hh) D_{k-1} over
+    the scaled derivatives D_k of m (DPM-Solver, arXiv 2206.00927, eq. 3.4; DPM-Solver++, arXiv 2211.01095, eq. 8).
     """
 
     name: str
@@ -77,29 +76,37 @@ def h_phi(k: int, h: float) -> float:
     return value
 
 
-@lru_cache(maxsize=1024)
-def lagrange_integrals(
-    points: tuple[float, ...], a: float, b: float, clock: Callable[[float], float] | None = None, panels: int = 1
-) -> tuple[float, ...]:
-    """int_a^b l_j(tau(u)) du for the Lagrange polynomials l_j through `points`, times tau of the model terms.
+def node_at(schedule: NoiseSchedule, kappa: float) -> Node:
+    """The node of a schedule whose sigma / alpha is kappa."""
+    return schedule.node(schedule.t_at(-math.log(kappa)))
 
-    Without a clock tau is u itself, and Gauss's rule of 8 points is exact up to rounding. With one, `panels` pieces of
-    the interval are integrated one by one, equal in log u (a, b > 0).
+
+GAUSS = np.polynomial.legendre.leggauss(8)
+
+
+def lagrange_integrals(
+    points: Sequence[float], a: float, b: float, clock: Callable[[float], float] | None = None, panels: int = 1
+) -> list[float]:
+    """int_a^b l_j(tau(u)) du for the Lagrange polynomials l_j through `points`, the values of tau at the model terms.
+
+    Without a clock tau is u itself, and Gauss's rule of 8 points is exact. With one, the interval is cut in `panels`
+    pieces equal in log u (a, b > 0), and the rule is exact to rounding where the clock is smooth.
     """
-    x, w = np.polynomial.legendre.leggauss(8)
+    x, w = GAUSS
     ends = [a, *(a * (b / a) ** (k / panels) for k in range(1, panels)), b]
     total = np.zeros(len(points))
     for left, right in zip(ends, ends[1:], strict=False):
         u = 0.5 * (left + right) + 0.5 * (right - left) * x
         tau = u if clock is None else np.array([clock(float(v)) for v in u])
         total += 0.5 * (right - left) * (lagrange(points, tau) @ w)
-    return tuple(total.tolist())
+    return total.tolist()
 
 
 def lagrange(points: Sequence[float], tau: np.ndarray) -> np.ndarray:
     """The Lagrange polynomials through `points`, at each of `tau`: [len(points), len(tau)]."""
-    rows = []
+    rows = np.ones((len(points), len(tau)))
     for j, p in enumerate(points):
-        others = [q for k, q in enumerate(points) if k != j]
-        rows.append(np.prod([(tau - q) / (p - q) for q in others], axis=0) * np.ones_like(tau))
-    return np.array(rows)
+        for k, q in enumerate(points):
+            if k != j:
+                rows[j] *= (tau - q) / (p - q)
+    return rows

@@ -17,6 +17,8 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Multistep, Solver, State
+from evodiff.solvers.exponential import NOISE, noise_prediction
+from evodiff.solvers.ipndm import combine
 
 
 def check_beta(beta: float, name: str) -> None:
@@ -34,12 +36,15 @@ class HeavyBall(Solver):
     def __post_init__(self) -> None:
         check_beta(self.beta, "HeavyBall")
         name = type(self.base).__name__
-        if not isinstance(self.base, Multistep):
-            raise ConfigError(
-                f"HeavyBall: base={name} is no multistep solver; possible: dpmpp_2m, deis, ipndm and the like"
-            )
-        if type(self.base).correct is not Multistep.correct and getattr(self.base, "corrector", True):
+        if not isinstance(self.base, Multistep) or self.base.stochastic:
+            raise ConfigError(f"HeavyBall: base={name} is no deterministic multistep solver; possible: like dpmpp_2m")
+        corrector = getattr(self.base, "corrector", getattr(self.base, "use_corrector", True))
+        if type(self.base).correct is not Multistep.correct and corrector:
             raise ConfigError(f"HeavyBall: base={name} has a corrector, which would undo the momentum; turn it off")
+
+    @property
+    def equivariant(self) -> bool:  # type: ignore[override]
+        return self.base.equivariant
 
     @property
     def global_order(self) -> float:
@@ -78,16 +83,15 @@ class GHVB(Solver):
     @property
     def global_order(self) -> float:
         """The weights are of steps of equal length in kappa: on other grids no more than 2."""
-        return 2 if self.order > 1 else (1.0)
+        return min(self.order, 2)
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         s, t = step.s, step.t
-        eps = (x - s.alpha * denoise(x, s)) / s.sigma
-        v = eps if not state else (1 - self.beta) * state[-1] + self.beta * eps
-        state = (*state, v)[-self.order :]
-        weights = ghvb_weights(len(state), self.beta)
-        slope = sum((w * v for w, v in zip(weights[1:], state[-2::-1], strict=True)), weights[0] * v)
-        return t.alpha * (x / s.alpha + (t.kappa - s.kappa) * slope), state
+        eps = noise_prediction(x, denoise(x, s), s)
+        v = eps if not state else (1 - self.beta) * state[0] + self.beta * eps
+        state = (v, *state)[: self.order]
+        slope = combine(ghvb_weights(len(state), self.beta), list(state))
+        return NOISE.first_order(x, slope, s, t), state
 
 
 @lru_cache

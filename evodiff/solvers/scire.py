@@ -10,15 +10,17 @@ is 2 for all of them.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
 
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
-from evodiff.grid import Step
-from evodiff.schedule import Node
+from evodiff.grid import Spacing, Step
+from evodiff.schedule import NoiseSchedule
 from evodiff.solvers.base import Multistep, Past, Solver, State
+from evodiff.solvers.exponential import NOISE, Prediction, node_at
+from evodiff.solvers.singlestep import order_schedule
 
 
 def phi_1(m: int) -> float:
@@ -46,7 +48,7 @@ class SciRESinglestep(Solver):
         check_m(self.m, "SciRESinglestep")
         if self.order not in (2, 3):
             raise ConfigError(f"SciRESinglestep: order={self.order} does not exist; possible: 2, 3")
-        if self.orders is not None and not all(1 <= order <= self.order for order in self.orders):
+        if not all(1 <= order <= self.order for order in self.orders or ()):
             raise ConfigError(f"SciRESinglestep: orders={self.orders}: each must be from 1 to order={self.order}")
 
     @property
@@ -54,24 +56,28 @@ class SciRESinglestep(Solver):
         return 2 if self.m == 1 else 1
 
     def for_budget(self, nfe: int) -> "SciRESinglestep":
-        whole, rest = divmod(nfe, self.order)
-        if self.order == 3 and rest == 0:
-            orders = [3] * (whole - 1) + [2, 1]
-        else:
-            orders = [self.order] * whole + [rest] * (rest > 0)
-        return replace(self, orders=tuple(orders))
+        return replace(self, orders=order_schedule(self.order, nfe))
 
     def evaluations(self, steps: int) -> int:
-        return sum(self.orders[:steps]) if self.orders else self.order * steps
+        return sum(self.order_of(i) for i in range(steps))
+
+    def order_of(self, i: int) -> int:
+        return self.orders[i] if self.orders and i < len(self.orders) else self.order
+
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        """A step of order k spans k intervals of the spacing, as released."""
+        ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))
+        fine = spacing.times(ends[-1], schedule, t_start, t_end)
+        return [fine[i] for i in ends]
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
-        order = self.orders[step.i] if self.orders else self.order
+        order = self.order_of(step.i)
         s, t = step.s, step.t
         h, phi = t.kappa - s.kappa, phi_1(self.m)
         y = x / s.alpha
 
         def eps_at(r: float, y_r: Tensor) -> Tensor:
-            node = node_at_kappa(step, s.kappa + r * h) if r else s
+            node = node_at(step.grid.schedule, s.kappa + r * h) if r else s
             return (y_r - denoise(y_r * node.alpha, node)) / node.kappa
 
         eps = eps_at(0, y)
@@ -85,11 +91,6 @@ class SciRESinglestep(Solver):
             eps_2 = eps_at(r2, y + (r2 * h) * eps + (r2 / (2 * r1) * h / phi) * (eps_1 - eps))
             y_t = y_t + (h / (2 * phi * r2)) * (eps_2 - eps)
         return t.alpha * y_t, state
-
-
-def node_at_kappa(step: Step, kappa: float) -> Node:
-    """The node of the schedule with this noise-to-signal ratio."""
-    return step.grid.schedule.node(step.grid.schedule.t_at(-math.log(kappa)))
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class SciREMultistep(Multistep):
     def global_order(self) -> float:
         return 2 if self.order > 1 and self.m == 1 else 1
 
-    def model_term(self, D: Tensor, x: Tensor, node: Node) -> Tensor:
-        """The noise prediction."""
-        return (x - node.alpha * D) / node.sigma
+    @property
+    def target(self) -> Prediction:
+        return NOISE
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         s, t = step.s, step.t
@@ -120,7 +121,7 @@ class SciREMultistep(Multistep):
         y_t = past[-1].x / s.alpha + h * eps_0
         if order == 1:
             return t.alpha * y_t
-        kappas: list[Any] = [past[-k].node.kappa for k in range(1, order + 1)]
+        kappas = [past[-k].node.kappa for k in range(1, order + 1)]
         r0 = (kappas[0] - kappas[1]) / h
         D1 = eps_0 - past[-2].m
         if order == 2:

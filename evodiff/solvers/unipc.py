@@ -1,5 +1,4 @@
-"""UniPC: a unified predictor-corrector of any order (Zhao et al., arXiv 2302.04867, algorithms 5 to 7, data
-prediction).
+"""UniPC: a unified predictor-corrector of any order (Zhao et al., arXiv 2302.04867, algorithms 5 to 8).
 
 One evaluation per step: the corrector reuses the evaluation that the next step needs anyway, and the last step has
 none. Order p of the predictor gives global order p + 1 with the corrector. The first steps, of lower order, limit that
@@ -7,7 +6,7 @@ only where they matter: at the usual start, sigma = 80, D hardly changes and the
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -15,59 +14,123 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError
 from evodiff.grid import Step
+from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past
-from evodiff.solvers.exponential import ddim
+from evodiff.solvers.dpmpp import DPMSolverPP
+from evodiff.solvers.exponential import PREDICTIONS, Prediction, h_phi
+
+VARIANTS = ("bh1", "bh2", "vary_coeff")
 
 
 @dataclass(frozen=True)
 class UniPC(Multistep):
-    """UniP-p with UniC-p. `variant` chooses B(h): bh1 is h, bh2 is e^h - 1."""
+    """UniP-p with UniC-p. `variant`: see `rhos`. `prediction`: data or noise."""
 
     variant: str = "bh1"
     corrector: bool = True
+    prediction: str = "data"
     orders: ClassVar[tuple[int, ...]] = tuple(range(1, 10))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("bh1", "bh2"):
-            raise ConfigError(f"UniPC: variant={self.variant!r} does not exist; possible: bh1, bh2")
+        refuse_unknown(self, "variant", VARIANTS)
+        refuse_unknown(self, "prediction", tuple(PREDICTIONS))
+
+    @property
+    def target(self) -> Prediction:
+        return PREDICTIONS[self.prediction]
 
     @property
     def global_order(self) -> float:
         return self.order + self.corrector
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        return self.update(step, past, None)
+        return unified(self, step, past)
 
     def correct(self, x: Tensor, m: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
-        return self.update(step, past, m) if self.corrector else x
-
-    def update(self, step: Step, past: tuple[Past, ...], m_t: Tensor | None) -> Tensor:
-        """UniP without m_t, UniC with it: x_t = DDIM - alpha_t B(h) sum_k rho_k D_k / r_k."""
-        p = self.order_at(step)
-        x, m0 = past[-1].x, past[-1].m
-        hh = -step.h
-        nodes = past[-p:-1][::-1]
-        rks = [(q.node.lam - step.s.lam) / step.h for q in nodes]
-        D1s = [(q.m - m0) / rk for q, rk in zip(nodes, rks, strict=True)]
-        if m_t is not None:
-            rks.append(1.0)
-            D1s.append(m_t - m0)
-        B_h = hh if self.variant == "bh1" else math.expm1(hh)
-        x_t = ddim(x, m0, step.s, step.t)
-        for rho, D1 in zip(rhos(rks, hh, B_h), D1s, strict=True):
-            x_t = x_t - (step.t.alpha * B_h * rho) * D1
-        return x_t
+        return unified(self, step, past, m) if self.corrector else x
 
 
-def rhos(rks: list[float], hh: float, B_h: float) -> list[float]:
-    """The weights of theorem 3.1: R(h) rho = b(h). One difference alone gets 1/2, as the paper has it (section 3.2)."""
-    if len(rks) == 1:
-        return [0.5]
-    h_phi_k, factorial, b = math.expm1(hh) / hh - 1, 1, []
-    for i in range(1, len(rks) + 1):
-        b.append(h_phi_k * factorial / B_h)
-        factorial *= i + 1
-        h_phi_k = h_phi_k / hh - 1 / factorial
+@dataclass(frozen=True)
+class UniC(Multistep):
+    """UniC-p as the corrector of another multistep solver, `base`, which it raises by up to one order (section 3.1)."""
+
+    base: Multistep = field(default_factory=DPMSolverPP)
+    variant: str = "bh1"
+    orders: ClassVar[tuple[int, ...]] = UniPC.orders
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unknown(self, "variant", VARIANTS)
+        name = type(self.base).__name__
+        if not isinstance(self.base, Multistep) or self.base.stochastic:
+            raise ConfigError(
+                f"UniC: base={name} is no deterministic multistep solver; possible: like DPMSolverPP, DEIS"
+            )
+        predictor_only = isinstance(self.base, UniPC) and not self.base.corrector
+        corrects = type(self.base).correct is not Multistep.correct and not predictor_only
+        if corrects or type(self.base).step is not Multistep.step:
+            raise ConfigError(
+                f"UniC: base={name} has its own corrector or step; possible: like DPMSolverPP, DEIS, IPNDM"
+            )
+
+    @property
+    def equivariant(self) -> bool:
+        return self.base.equivariant
+
+    @property
+    def target(self) -> Prediction:
+        return self.base.target
+
+    @property
+    def memory(self) -> int:
+        return max(self.base.memory, self.order)
+
+    @property
+    def global_order(self) -> float:
+        return min(self.order, self.base.global_order) + 1
+
+    def model_term(self, D: Tensor, x: Tensor, node: Node) -> Tensor:
+        return self.base.model_term(D, x, node)
+
+    def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
+        return self.base.predict(step, past[-self.base.memory :])
+
+    def correct(self, x: Tensor, m: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
+        return unified(self, step, past, m)
+
+
+def unified(solver: UniPC | UniC, step: Step, past: tuple[Past, ...], m_t: Tensor | None = None) -> Tensor:
+    """UniP without m_t, UniC with it: x_t = DDIM - gain_t sum_k rho_k D_k / r_k."""
+    target, p = solver.target, solver.order_at(step)
+    x, m0 = past[-1].x, past[-1].m
+    nodes = past[-p:-1][::-1]
+    rks = [(q.node.lam - step.s.lam) / step.h for q in nodes]
+    D1s = [(q.m - m0) / rk for q, rk in zip(nodes, rks, strict=True)]
+    if m_t is not None:
+        rks.append(1.0)
+        D1s.append(m_t - m0)
+    x_t = target.first_order(x, m0, step.s, step.t)
+    for rho, D1 in zip(rhos(rks, target.signed(step.h), solver.variant), D1s, strict=True):
+        x_t = x_t - (target.gain(step.t) * rho) * D1
+    return x_t
+
+
+def rhos(rks: list[float], hh: float, variant: str) -> list[float]:
+    """B(h) rho of theorem 3.1, R rho B(h) = b: the weights that integrate the interpolating polynomial exactly.
+
+    They are the same for every B(h), but for the exception of section 3.2: one difference alone gets B(h)/2, with
+    B(h) = h for `bh1` and e^h - 1 for `bh2`. `vary_coeff` makes no exception: it is UniPC_v of algorithms 7 and 8.
+    (The released `vary_coeff` corrector leaves some of its products out and differs from order 2 on.)
+    """
+    if len(rks) == 1 and variant != "vary_coeff":
+        return [0.5 * (hh if variant == "bh1" else math.expm1(hh))]
+    b = [math.factorial(k) * h_phi(k + 1, hh) for k in range(1, len(rks) + 1)]
     R = np.vander(rks, increasing=True).T
-    return np.linalg.solve(R, b).tolist()
+    return np.linalg.solve(R, b).tolist() if rks else []
+
+
+def refuse_unknown(solver: Multistep, name: str, known: tuple[str, ...]) -> None:
+    if getattr(solver, name) not in known:
+        value = getattr(solver, name)
+        raise ConfigError(f"{type(solver).__name__}: {name}={value!r} does not exist; possible: {', '.join(known)}")

@@ -17,15 +17,20 @@ from torch import Tensor
 
 from evodiff.denoiser import Counting
 from evodiff.errors import ConfigError
-from evodiff.grid import TimeGrid
+from evodiff.grid import Karras, LogSNR, Spacing, TimeGrid, TimeUniform
 from evodiff.models.analytic import GaussianMixture
 from evodiff.paths import ROOT
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, DiscreteVP, LinearVP, Node, NoiseSchedule
 from evodiff.solvers.base import Solver
+from evodiff.solvers.deis import DEIS
+from evodiff.solvers.dpm import DPMSolver
+from evodiff.solvers.dpm_solver_v3 import DPMSolverV3, Statistics
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.evodiff import EVODiff
 from evodiff.solvers.heun import Heun
+from evodiff.solvers.ipndm import IPNDM
+from evodiff.solvers.singlestep import DPMSolverPPSinglestep, DPMSolverSinglestep
 from evodiff.solvers.unipc import UniPC
 
 GOLDEN = ROOT / "tests" / "golden" / "solvers"
@@ -33,15 +38,35 @@ TOLERANCE = 1e-9
 
 Arrays = Mapping[str, np.ndarray]
 
+SPACINGS: dict[str, Spacing] = {
+    "logSNR": LogSNR(),
+    "edm": Karras(),
+    "time_uniform": TimeUniform(),
+    "time_quadratic": TimeUniform(power=2),
+}
+"""A golden's spacing -> ours: singlestep methods space their inner evaluations by it."""
+
 SOLVERS: dict[str, Callable[[dict[str, Any], Arrays], Solver]] = {
+    "deis_tab": lambda o, _: DEIS(order=o["order"], quadrature=100_000),
+    "dpm_multistep": lambda o, _: DPMSolver(order=o["order"]),
+    "dpm_singlestep": lambda o, _: DPMSolverSinglestep(o["order"], o["orders"], SPACINGS[o["spacing"]]),
+    "dpm_solver_v3": lambda o, arrays: DPMSolverV3(
+        order=o["order"],
+        statistics=Statistics(*(_tensor(arrays, f"ems_{part}") for part in ("lambdas", "l", "s", "b"))),
+        p_pseudo=o["p_pseudo"],
+        use_corrector=o["use_corrector"],
+        c_pseudo=o["c_pseudo"],
+    ),
     "dpmpp_multistep": lambda o, _: DPMSolverPP(order=o["order"]),
+    "dpmpp_singlestep": lambda o, _: DPMSolverPPSinglestep(o["order"], o["orders"], SPACINGS[o["spacing"]]),
     "evodiff": lambda o, _: EVODiff(),
     "heun": lambda o, _: Heun(),
+    "ipndm": lambda o, _: IPNDM(order=o["order"]),
     "unipc": lambda o, _: UniPC(order=o["order"], variant=o["variant"]),
 }
 """The released sampler's name in a golden -> our solver with the options of one run; `Arrays` is the whole npz."""
 
-TOLERANCES: dict[str, float] = {}
+TOLERANCES: dict[str, float] = {"dpm_solver_v3": 1e-6}
 """Solvers whose reference is less exact than TOLERANCE, and how exact it is."""
 
 SCHEDULES: dict[str, NoiseSchedule] = {"edm": EDM(), "vp_linear": LinearVP(), "vp_discrete": DiscreteVP.linear()}

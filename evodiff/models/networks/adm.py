@@ -155,7 +155,7 @@ class AttentionPool(nn.Module):
 class Block(nn.Sequential):
     """Layers one after the other; residual blocks also see the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -168,7 +168,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config, self.dtype = config, torch.float32
         width, emb_channels = config.model_channels, 4 * config.model_channels
-        self.time_embed = nn.Sequential(nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        self.time_embed = nn.Sequential(
+            nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb_channels)
 
@@ -217,9 +219,8 @@ class Encoder(nn.Module):
         emb = self.time_embed(torch.cat(sinusoids(t, self.config.model_channels, endpoint=False), dim=1))
         conditional = self.config.num_classes is not None
         if conditional != (y is not None):
-            raise ConfigError(
-                f"this network is {'class-conditional and needs' if conditional else 'unconditional and takes no'} labels"
-            )
+            kind = "class-conditional and needs" if conditional else "unconditional and takes no"
+            raise ConfigError(f"this network is {kind} labels")
         return emb if y is None else emb + self.label_emb(y)
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -1,6 +1,7 @@
 """The DDPM network (Ho et al., arXiv 2006.11239) as in the code of DDIM (arXiv 2010.02502): CelebA, CIFAR-10, LSUN."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,10 @@ class Level(nn.Module):
         for name, module in resample.items():  # "downsample" or "upsample"
             self.add_module(name, module)
 
+    @property
+    def resample(self) -> nn.Module | None:
+        return self._modules.get("downsample") or self._modules.get("upsample")
+
     def apply_block(self, i: int, x: Tensor, temb: Tensor) -> Tensor:
         x = self.block[i](x, temb)
         return self.attn[i](x) if self.attn else x
@@ -108,12 +113,11 @@ class DDPMUNet(nn.Module):
         attends = [image_size >> level in attn_resolutions for level in range(len(ch_mult))]
         last = len(ch_mult) - 1
 
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([nn.Linear(ch, temb_ch), nn.Linear(temb_ch, temb_ch)])
+        self.temb = nn.ModuleDict({"dense": nn.ModuleList([nn.Linear(ch, temb_ch), nn.Linear(temb_ch, temb_ch)])})
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
 
         channels, skips = ch, [ch]
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for level, mult in enumerate(ch_mult):
             blocks = []
             for _ in range(num_res_blocks):
@@ -124,10 +128,13 @@ class DDPMUNet(nn.Module):
             skips += [channels] * bool(down)
             self.down.append(Level(blocks, attends[level], **down))
 
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(channels, channels, temb_ch, dropout)
-        self.mid.attn_1 = AttnBlock(channels)
-        self.mid.block_2 = ResnetBlock(channels, channels, temb_ch, dropout)
+        self.mid = nn.ModuleDict(
+            {
+                "block_1": ResnetBlock(channels, channels, temb_ch, dropout),
+                "attn_1": AttnBlock(channels),
+                "block_2": ResnetBlock(channels, channels, temb_ch, dropout),
+            }
+        )
 
         ups: list[Level] = []
         for level in range(last, -1, -1):
@@ -137,24 +144,26 @@ class DDPMUNet(nn.Module):
                 channels = ch * ch_mult[level]
             up = {"upsample": Upsample(channels, resamp_with_conv)} if level > 0 else {}
             ups.insert(0, Level(blocks, attends[level], **up))
-        self.up = nn.ModuleList(ups)
+        self.up: Any = nn.ModuleList(ups)
 
         self.norm_out = norm(channels)
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         cos, sin = sinusoids(t, self.ch, endpoint=True)
-        temb = self.temb.dense[1](F.silu(self.temb.dense[0](torch.cat([sin, cos], dim=1))))
+        first, second = self.temb["dense"].children()
+        temb = second(F.silu(first(torch.cat([sin, cos], dim=1))))
         skips = [self.conv_in(x)]
         for level in self.down:
             for i in range(len(level.block)):
                 skips.append(level.apply_block(i, skips[-1], temb))
-            if hasattr(level, "downsample"):
-                skips.append(level.downsample(skips[-1]))
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(skips[-1], temb)), temb)
+            if level.resample is not None:
+                skips.append(level.resample(skips[-1]))
+        h = self.mid["attn_1"](self.mid["block_1"](skips[-1], temb))
+        h = self.mid["block_2"](h, temb)
         for level in reversed(self.up):
             for i in range(len(level.block)):
                 h = level.apply_block(i, torch.cat([h, skips.pop()], dim=1), temb)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            if level.resample is not None:
+                h = level.resample(h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ class DhariwalUNet(nn.Module):
         super().__init__()
         self.label_dim, self.label_dropout = label_dim, label_dropout
         emb_channels = model_channels * channel_mult_emb
-        how = {"init": kaiming_uniform_, "gain": math.sqrt(1 / 3)}
-        block = {"emb_channels": emb_channels, "channels_per_head": 64, "dropout": dropout, **how}
+        how: dict[str, Any] = {"init": kaiming_uniform_, "gain": math.sqrt(1 / 3)}
+        block: dict[str, Any] = {"emb_channels": emb_channels, "channels_per_head": 64, "dropout": dropout, **how}
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = (

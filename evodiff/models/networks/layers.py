@@ -50,6 +50,8 @@ class Conv2d(nn.Module):
     `kernel=0` only resamples. `fused` convolves before the filter (EDM's residual encoder skips need it).
     """
 
+    resample_filter: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -74,7 +76,7 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", fir_kernel(resample_filter) if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None:
+        if self.weight is None or self.bias is None:
             return self.resample(x)
         pad = self.weight.shape[-1] // 2
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -114,6 +116,8 @@ class PositionalEmbedding(nn.Module):
 
 class FourierEmbedding(nn.Module):
     """t [B] -> (cos | sin)(2 pi f t) with fixed random frequencies f ~ N(0, scale^2). [B, channels]."""
+
+    freqs: Tensor
 
     def __init__(self, channels: int, scale: float = 16):
         super().__init__()

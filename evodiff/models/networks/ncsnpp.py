@@ -34,6 +34,8 @@ class Style:
 class Resample(nn.Module):
     """Twice (`up`) or half the resolution, without parameters."""
 
+    kernel: Tensor | None
+
     def __init__(self, up: bool, fir: Sequence[float] | None):
         super().__init__()
         self.up = up
@@ -73,7 +75,7 @@ class ResBlock(nn.Module):
             make = NIN if style.shortcut == "NIN_0" else lambda i, o: nn.Conv2d(i, o, 1)
             self.add_module(style.shortcut, make(in_channels, out_channels))
 
-    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.Conv_0(self.resample(F.silu(self.GroupNorm_0(x))))
         if self.Dense_0 is not None:
             h = h + self.Dense_0(F.silu(temb))[:, :, None, None]
@@ -102,16 +104,20 @@ class AttnBlock(nn.Module):
 class Downsample(nn.Module):
     """Half the resolution outside a residual block: FIR and stride-2 convolution, or the convolution alone."""
 
+    kernel: Tensor | None
+
     def __init__(self, in_channels: int, out_channels: int, fir: Sequence[float] | None = None):
         super().__init__()
         self.register_buffer("kernel", None if fir is None else fir_kernel(fir), persistent=False)
-        self.add_module("Conv_0" if fir is None else "Conv2d_0", nn.Conv2d(in_channels, out_channels, 3, stride=2))
+        self.name = "Conv_0" if fir is None else "Conv2d_0"
+        self.add_module(self.name, nn.Conv2d(in_channels, out_channels, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
+        conv = self.get_submodule(self.name)
         if self.kernel is None:
-            return self.Conv_0(F.pad(x, (0, 1, 0, 1)))
+            return conv(F.pad(x, (0, 1, 0, 1)))
         weight = self.kernel.expand(x.shape[1], 1, -1, -1)
-        return self.Conv2d_0(F.conv2d(x, weight, padding=self.kernel.shape[-1] // 2, groups=x.shape[1]))
+        return conv(F.conv2d(x, weight, padding=self.kernel.shape[-1] // 2, groups=x.shape[1]))
 
 
 class Upsample(nn.Module):
@@ -155,6 +161,8 @@ class NCSNpp(nn.Module):
     x [B, C, R, R] in [-1, 1] plus noise if `centered`, else in [0, 1]; `labels` [B]: 999 t for positional embeddings,
     sigma for Fourier ones. The output is the noise, or with `scale_by_sigma` the score.
     """
+
+    sigmas: Tensor
 
     def __init__(
         self,
@@ -202,7 +210,8 @@ class NCSNpp(nn.Module):
         self.nf, self.centered, self.conditional, self.scale_by_sigma = nf, centered, conditional, scale_by_sigma
         self.fourier, self.biggan = embedding_type == "fourier", resblock_type == "biggan"
         self.progressive, self.progressive_input = progressive, progressive_input
-        self.register_buffer("sigmas", torch.from_numpy(np.exp(np.linspace(*np.log([sigma_max, sigma_min]), num_scales))))
+        sigmas = np.exp(np.linspace(float(np.log(sigma_max)), float(np.log(sigma_min)), num_scales))
+        self.register_buffer("sigmas", torch.from_numpy(sigmas))
 
         taps = tuple(fir_kernel) if fir else None
         style = Style(
@@ -275,17 +284,21 @@ class NCSNpp(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         take = iter(self.all_modules).__next__  # the list is in the order of use
         sigma = labels if self.fourier else self.sigmas[labels.long()].float() if self.scale_by_sigma else None
-        temb = None
         if self.fourier:
             temb = take()(labels.log())
         else:
             cos, sin = sinusoids(labels, self.nf, endpoint=True)
             temb = torch.cat([sin, cos], dim=1)
-        temb = take()(temb) if self.conditional else None
-        temb = take()(F.silu(temb)) if self.conditional else None
+        if self.conditional:
+            temb = take()(temb)
+            temb = take()(F.silu(temb))
 
         def resample(h: Tensor) -> Tensor:
             return take()(h, temb) if self.biggan else take()(h)
+
+        def project(h: Tensor) -> Tensor:
+            normed = take()(h)
+            return take()(F.silu(normed))
 
         x = x if self.centered else 2 * x - 1
         pyramid = x
@@ -314,10 +327,10 @@ class NCSNpp(nn.Module):
             if self.attends(level):
                 h = take()(h)
             if self.progressive == "output_skip":
-                part = take()(F.silu(take()(h)))
+                part = project(h)
                 out = part if out is None else self.pyramid_up(out) + part
             if level > 0:
                 h = resample(h)
         if out is None:
-            out = take()(F.silu(take()(h)))
+            out = project(h)
         return out if sigma is None or not self.scale_by_sigma else out / sigma.view(-1, 1, 1, 1)

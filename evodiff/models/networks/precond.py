@@ -109,6 +109,8 @@ class VEPrecond(Precond):
 class IDDPMPrecond(Precond):
     """Improved DDPM's cosine process at its M discrete levels `u`: F is noise and variance, its label an index."""
 
+    u: Tensor
+
     def __init__(self, model: nn.Module, use_fp16: bool = False, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000):
         super().__init__(model, use_fp16)
         self.M = M

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class SongUNet(nn.Module):
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        block = {
+        block: dict[str, Any] = {
             "emb_channels": emb_channels,
             "num_heads": 1,
             "dropout": dropout,
@@ -92,7 +93,9 @@ class SongUNet(nn.Module):
             else:
                 self.enc[f"{at(level)}_down"] = UNetBlock(c_out, c_out, down=True, **block)
                 if encoder_type == "skip":
-                    self.enc[f"{at(level)}_aux_down"] = Conv2d(c_aux, c_aux, 0, down=True, resample_filter=resample_filter)
+                    self.enc[f"{at(level)}_aux_down"] = Conv2d(
+                        c_aux, c_aux, 0, down=True, resample_filter=resample_filter
+                    )
                     self.enc[f"{at(level)}_aux_skip"] = Conv2d(c_aux, c_out, 1)
                 if encoder_type == "residual":
                     self.enc[f"{at(level)}_aux_residual"] = Conv2d(

@@ -1,0 +1,81 @@
+"""Which files a table or a model needs, read from its configuration without building anything."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evodiff.checkpoints.registry import find, registry
+from evodiff.errors import ConfigError
+from evodiff.paths import CHECKPOINTS, CONFIGS
+
+GROUPS = ("model", "solver", "grid", "guidance", "protocol")
+
+
+def tables() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
+
+
+def of_table(name: str) -> tuple[list[str], list[Path]]:
+    """Entries of the registry that a table needs, and its files under checkpoints/ that are not fetched but made."""
+    table = _read("table", name)
+    if table is None:
+        raise ConfigError(f"there is no table {name}; possible: {', '.join(tables())}.")
+    base = list(table.get("base") or [])
+    rows = [[*base, *overrides] for overrides in (table.get("rows") or {}).values()] or [base]
+    words = {word for row in rows for word in _words(_choices(row))}
+    return _entries(words), sorted(CHECKPOINTS / word for word in words if word.endswith(".npz"))
+
+
+def of(name: str) -> list[str]:
+    """Entries to fetch for a name of the registry, of a model, or of a table. Raises ConfigError for any other."""
+    if name in registry():
+        return _entries([name])
+    model = _read("model", name)
+    if model is not None:
+        return _entries(_strings(model))
+    if name in tables():
+        return of_table(name)[0]
+    find(name)  # raises, naming the nearest
+    return []
+
+
+def _entries(words: Iterable[str]) -> list[str]:
+    """The words that are entries, and what these need."""
+    found: dict[str, None] = {}
+    for word in sorted(words):
+        if word in registry():
+            found |= dict.fromkeys([word, *_entries(find(word).needs)])
+    return list(found)
+
+
+def _choices(overrides: Iterable[str]) -> dict[str, str]:
+    """The last value of each `key=value`, the defaults of run.yaml where a group is not mentioned."""
+    run = yaml.safe_load((CONFIGS / "run.yaml").read_text())
+    chosen = {k: str(v) for entry in run["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
+    return chosen | dict(str(text).split("=", 1) for text in overrides if "=" in str(text))
+
+
+def _words(chosen: dict[str, str]) -> Iterator[str]:
+    """Every string in the configurations chosen, and in overrides; of a protocol's references only its data set's."""
+    for group in GROUPS:
+        config = _read(group, chosen.get(group, "")) or {}
+        if "references" in config:
+            dataset = chosen.get(f"{group}.dataset", config.get("dataset"))
+            config = {**config, "references": config["references"].get(dataset)}
+        yield from _strings(config)
+    yield from chosen.values()
+
+
+def _read(group: str, name: str) -> dict[str, Any] | None:
+    path = CONFIGS / group / f"{name}.yaml"
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)

@@ -1,0 +1,71 @@
+"""The networks of guided-diffusion as denoisers, and its classifiers of noisy images (arXiv 2105.05233)."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, Process, process
+from evodiff.models.loading import load_network, schedule_of
+from evodiff.models.pretrained import Pretrained
+from evodiff.schedule import Node
+
+
+class NoisyClassifier:
+    """log p(y | x) of a classifier trained on the noise of `process`: x [B, C, H, W] at `node`, labels [B] -> [B].
+
+    Differentiable in x.
+    """
+
+    def __init__(self, net: Callable[[Tensor, Tensor], Tensor], process: Process):
+        self.net, self.process = net, process
+
+    def __call__(self, x: Tensor, node: Node, labels: Tensor) -> Tensor:
+        native, own = self.process.to_native(x, node)
+        logits = self.net(native.float(), self.process.labels(own, x))
+        return logits.log_softmax(dim=1)[torch.arange(len(x), device=x.device), labels]
+
+
+def guided_diffusion(
+    checkpoint: str,
+    classifier: str | None = None,
+    schedule: str = "own",
+    whole_labels: bool = False,
+    half: bool = True,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """An ADM network by name or file, and the classifier that can guide it (`guidance=classifier`).
+
+    `schedule`: `own`, or `edm` for the same noise levels on EDM's. `whole_labels` rounds the time label to a trained
+    one. `half`: convolutions of the U-Net in float16 on CUDA, as published; everything is float32 elsewhere.
+    """
+    net, file = load_network(checkpoint, "guided_diffusion", device)
+    if half and torch.device(device).type == "cuda":
+        net.halve()
+    files = {Path(checkpoint).name: file.sha256}
+    seen = process(schedule_of(file.schedule), DiscreteTime(file.schedule["num_timesteps"], whole_labels), schedule)
+    classes = file.config.get("num_classes") or 0
+    log_p = None
+    if classifier is not None:
+        guide, guide_file = load_network(classifier, "guided_diffusion_classifier", device)
+        files[Path(classifier).name] = guide_file.sha256
+        log_p = NoisyClassifier(guide, seen)
+        classes = classes or guide_file.config["out_channels"]
+    size = file.config["image_size"]
+    return Pretrained(
+        partial(_denoiser, net, seen),
+        shape=(file.config["in_channels"], size, size),
+        num_classes=classes,
+        files=files,
+        device=torch.device(device),
+        classifier=log_p,
+    )
+
+
+def _denoiser(net: Any, seen: Process, labels: Tensor | None) -> Denoiser:
+    y = labels if net.config.num_classes is not None else None
+    return NetworkDenoiser(lambda x, t: net(x, t, y), "eps", seen)

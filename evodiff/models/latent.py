@@ -1,0 +1,137 @@
+"""Latent diffusion models through the optional package diffusers (arXiv 2112.10752): sampled as latents, decoded after.
+
+A text-conditional model takes its prompts from a file, one a line; an image's label is the number of its line.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.files import sha256
+from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
+from evodiff.models.pretrained import Pretrained
+from evodiff.schedule import DiscreteVP
+
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+"""diffusers' names, and ours."""
+
+
+def latent(
+    pipeline: str,
+    prompts: str | None = None,
+    schedule: str = "own",
+    half: bool = True,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """A folder or a hub name that diffusers reads: its U-Net, decoder, betas and, with `prompts`, its text encoder.
+
+    `half`: float16 on CUDA. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
+    """
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as e:
+        raise ConfigError(
+            "latent models need the package diffusers. Install it: pip install 'evodiff[diffusers]'."
+        ) from e
+    dtype = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype, safety_checker=None)
+    except (OSError, ValueError, ImportError, TypeError) as e:
+        raise ConfigError(
+            f"model.pipeline={pipeline} cannot be read by diffusers ({' '.join(str(e).split())[:200]}). "
+            f"Give a folder with model_index.json, or a name on the hub."
+        ) from e
+    parts = pipe.components
+    decoder = parts.get("vae") or parts.get("vqvae")
+    texts = read_prompts(prompts) if prompts is not None else None
+    conditional = parts.get("text_encoder") is not None
+    if conditional != (texts is not None):
+        raise ConfigError(
+            f"model.pipeline={pipeline} is {'conditioned on text: give' if conditional else 'unconditional: remove'} "
+            f"model.prompts, a file with one prompt per line."
+        )
+    embeddings = embed_prompts(parts["tokenizer"], parts["text_encoder"].to(device), texts) if texts else None
+    model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, device)
+    files = _files(Path(pipeline)) | ({Path(prompts).name: sha256(Path(prompts))} if prompts is not None else {})
+    return dataclasses.replace(model, files=files)
+
+
+def from_parts(
+    unet: Any,
+    decoder: Any,
+    scheduler: Any,
+    embeddings: Tensor | None = None,
+    schedule: str = "own",
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """A model of diffusers' parts; `embeddings` [K + 1, tokens, width] are those of K prompts and, last, of none."""
+    unet, decoder = (part.eval().requires_grad_(False).to(device) for part in (unet, decoder))
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    native = DiscreteVP(tuple(0.5 * math.log(a) for a in scheduler.alphas_cumprod.double().tolist()))
+    seen = process(native, DiscreteTime(len(native.log_alphas)), schedule)
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise ConfigError(f"prediction_type={kind} of this pipeline is not known; possible: {', '.join(PREDICTIONS)}.")
+    if embeddings is not None:
+        embeddings = embeddings.to(device, unet.dtype)
+    scaling = decoder.config.get("scaling_factor", 1.0)
+
+    def denoiser(labels: Tensor | None) -> Denoiser:
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            if embeddings is None:
+                return unet(x.to(unet.dtype), t).sample.float()
+            rows = embeddings[-1:].expand(len(x), -1, -1) if labels is None else embeddings[labels]
+            return unet(x.to(unet.dtype), t, encoder_hidden_states=rows).sample.float()
+
+        return NetworkDenoiser(network, PREDICTIONS[kind], seen)
+
+    @torch.no_grad()
+    def decode(z: Tensor) -> Tensor:
+        # one at a time: at 512 x 512 the decoder, not the U-Net, would decide how much memory a batch takes
+        return torch.cat([decoder.decode((part / scaling).to(decoder.dtype)).sample.float() for part in z.split(1)])
+
+    return Pretrained(
+        denoiser,
+        shape=(unet.config.in_channels, height, width),
+        num_classes=0 if embeddings is None else len(embeddings) - 1,
+        decode=decode,
+        device=torch.device(device),
+    )
+
+
+@torch.no_grad()
+def embed_prompts(tokenizer: Any, encoder: Any, prompts: list[str]) -> Tensor:
+    """[K + 1, tokens, width]: the prompts and, last, the empty one of classifier-free guidance."""
+    rows = []
+    for text in (*prompts, ""):
+        tokens = tokenizer(
+            text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        rows.append(encoder(tokens.input_ids.to(encoder.device))[0])
+    return torch.cat(rows)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file that are not empty. Raises ConfigError."""
+    try:
+        prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"model.prompts={path} cannot be read ({e}). Give a text file with one prompt per line."
+        ) from e
+    if not prompts:
+        raise ConfigError(f"model.prompts={path} holds no prompt. Give a text file with one prompt per line.")
+    return prompts
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """sha256 of the weight files of a local pipeline; of one from the hub, none: its cache decides where they are."""
+    weights = [path for kind in ("safetensors", "bin") for path in sorted(folder.rglob(f"*.{kind}"))]
+    return {str(path.relative_to(folder)): sha256(path) for path in weights}

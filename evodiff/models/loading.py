@@ -1,0 +1,73 @@
+"""From a checkpoint to a network on a device, and to the schedule it was trained on."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from evodiff import checkpoints
+from evodiff.checkpoints.checkpoint import Checkpoint
+from evodiff.errors import CheckpointError, ConfigError
+from evodiff.models.networks import build
+from evodiff.schedule import EDM, DiscreteVP, LinearVP, NoiseSchedule
+
+
+def load_network(name_or_path: str, architecture: str, device: torch.device | str) -> tuple[Any, Checkpoint]:
+    """The network of a checkpoint, in eval mode and frozen. On the CPU its weights stay mapped from the file.
+
+    Raises ConfigError for a checkpoint of another architecture, CheckpointError if the weights do not fit.
+    """
+    checkpoint = checkpoints.load(name_or_path)
+    if checkpoint.architecture != architecture:
+        raise ConfigError(
+            f"{name_or_path} holds a network of {checkpoint.architecture}, but this model is made of {architecture}."
+        )
+    with torch.device("meta"):
+        net = build(architecture, checkpoint.config)
+    try:
+        missing, unexpected = net.load_state_dict(checkpoint.tensors, strict=False, assign=True)
+    except RuntimeError as e:
+        raise CheckpointError(f"{checkpoint.path}: {' '.join(str(e).split())}") from e
+    # constants that the constructor computes may be absent; weights may not
+    missing = [key for key in missing if net.state_dict()[key].is_meta]
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which the network does not"
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit its description: it {what} ({len(missing)} missing, {len(unexpected)} too "
+            f"many). Convert the original file again."
+        )
+    return net.eval().requires_grad_(False).to(device), checkpoint
+
+
+def schedule_of(description: Mapping[str, Any]) -> NoiseSchedule:
+    """The schedule a checkpoint names by `type`. Raises ConfigError."""
+    fields = dict(description)
+    match fields.pop("type", None):
+        case "EDM":
+            return EDM(**fields)
+        case "LinearVP":
+            return LinearVP(**fields)
+        case "DiscreteVP":
+            match fields.pop("betas", "linear"):
+                case "linear":
+                    return DiscreteVP.linear(**fields)
+                case "cosine":
+                    return DiscreteVP.from_betas(cosine_betas(fields["num_timesteps"]))
+                case "scaled_linear":
+                    return DiscreteVP.from_betas(scaled_linear_betas(**fields))
+                case other:
+                    raise ConfigError(f"schedule: betas={other} do not exist; possible: linear, cosine, scaled_linear.")
+        case other:
+            raise ConfigError(f"schedule: type={other} does not exist; possible: EDM, LinearVP, DiscreteVP.")
+
+
+def cosine_betas(num_timesteps: int, s: float = 0.008, largest: float = 0.999) -> list[float]:
+    """beta_i = 1 - abar(i + 1) / abar(i), abar(i) = cos^2((i/N + s)/(1 + s) pi/2) (arXiv 2102.09672, eq. 17)."""
+    bar = [math.cos((i / num_timesteps + s) / (1 + s) * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+    return [min(1 - b / a, largest) for a, b in zip(bar, bar[1:], strict=False)]
+
+
+def scaled_linear_betas(beta_start: float, beta_end: float, num_timesteps: int) -> list[float]:
+    """Square roots evenly spaced (latent diffusion, arXiv 2112.10752)."""
+    return [b**2 for b in torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).tolist()]

@@ -1,0 +1,141 @@
+"""Your own network as a model of this project.
+
+From Python, `evodiff.wrap(net, shape=(3, 32, 32), predicts="eps", schedule=DiscreteVP.linear())`; from the command
+line, a file configs/model/mine.yaml and `evodiff run model=mine`:
+
+    _target_: evodiff.wrap
+    model:                                  # any class that can be imported, with its arguments
+      _target_: my_package.MyUNet
+      channels: 64
+    weights: /path/to/weights.safetensors   # its state_dict; or a file that torch.load reads as data
+    shape: [3, 32, 32]                      # channels, height, width
+    predicts: eps                           # eps | x0 | v | score
+    schedule: {_target_: evodiff.schedule.LinearVP}   # what it was trained on; or EDM, CosineVP, DiscreteVP.linear
+    label: {_target_: evodiff.models.adapter.ContinuousTime, scale: 999}   # what the network is told of the time
+    num_classes: 0                          # above 0: the network is called as model(x, t, y)
+    data_range: [-1, 1]                     # the network's black and white; [0, 1] for many
+"""
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.files import sha256
+from evodiff.models.adapter import ContinuousTime, DiscreteTime, NetworkDenoiser, NoiseLevel, process
+from evodiff.models.pretrained import Pretrained
+from evodiff.schedule import EDM, DiscreteVP, Node, NoiseSchedule
+
+LARGEST = 10.0
+"""Images are in [-1, 1]; a data prediction of this size at moderate noise means that the description is wrong."""
+
+
+def wrap(
+    model: Callable[..., Tensor],
+    *,
+    shape: Sequence[int],
+    predicts: str,
+    schedule: NoiseSchedule,
+    label: Callable[[Node], float] | None = None,
+    num_classes: int = 0,
+    data_range: Sequence[float] = (-1.0, 1.0),
+    sample_on: str = "own",
+    weights: str | None = None,
+    check: bool = True,
+    device: torch.device | str = "cpu",
+) -> Pretrained:
+    """A network `model(x, t)`, or `model(x, t, y)` with `num_classes`, as a pretrained model.
+
+    x [B, C, H, W] float32 on `schedule`, t [B] float32 from `label` (by default N t - 1 on a DiscreteVP, sigma on EDM,
+    t itself on others), y int64 [B], or None for the unconditional branch of guidance. It returns `predicts` (eps, x0,
+    v or score) of the shape of x, or with twice its channels, of which the second half is left out. `sample_on`: the
+    `own` schedule, or `edm` for the same noise levels on EDM's.
+
+    With `check`, the network is called at three noise levels. Raises ConfigError if that fails, or if the output has
+    another shape, is not finite, or makes data predictions far outside the range of images.
+    """
+    if len(shape) != 3:
+        raise ConfigError(f"wrap: shape={list(shape)} must be channels, height, width")
+    if len(data_range) != 2 or not data_range[0] < data_range[1]:
+        raise ConfigError(f"wrap: data_range={list(data_range)} must be two rising numbers, black and white")
+    files = {}
+    if weights is not None:
+        _load(model, Path(weights))
+        files[Path(weights).name] = sha256(Path(weights))
+    if isinstance(model, nn.Module):
+        model = model.eval().requires_grad_(False).to(device)
+    black, white = map(float, data_range)
+    seen = process(schedule, label or _label_of(schedule), sample_on, (black, white))
+
+    def denoiser(y: Tensor | None) -> Denoiser:
+        return NetworkDenoiser((lambda x, t: model(x, t, y)) if num_classes else model, predicts, seen)
+
+    channels, height, width = shape
+    wrapped = Pretrained(
+        denoiser, (channels, height, width), num_classes=num_classes, files=files, device=torch.device(device)
+    )
+    if check:
+        _check(wrapped, predicts)
+    return wrapped
+
+
+def _label_of(schedule: NoiseSchedule) -> Callable[[Node], float]:
+    if isinstance(schedule, DiscreteVP):
+        return DiscreteTime(len(schedule.log_alphas))
+    return NoiseLevel() if isinstance(schedule, EDM) else ContinuousTime(1.0)
+
+
+def _load(model: Any, path: Path) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"wrap: weights={path} need a torch.nn.Module, but the model is a {type(model).__name__}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as e:
+        raise ConfigError(
+            f"wrap: weights={path} cannot be loaded into {type(model).__name__}: {' '.join(str(e).split())[:300]}"
+        ) from e
+
+
+@torch.no_grad()
+def _check(wrapped: Pretrained, predicts: str) -> None:
+    y = torch.zeros(2, dtype=torch.int64, device=wrapped.device) if wrapped.num_classes else None
+    denoise = wrapped.denoiser(y)
+    assert isinstance(denoise, NetworkDenoiser)
+    schedule, network = denoise.schedule, denoise.network
+    random = torch.Generator().manual_seed(0)
+    clean = (2 * torch.rand(2, *wrapped.shape, generator=random) - 1).to(wrapped.device)
+    noise = torch.randn(clean.shape, generator=random).to(wrapped.device)
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        where = f"x {list(x.shape)}, t {t[0].item():.6g}"
+        try:
+            out = network(x, t)
+        except Exception as e:
+            raise ConfigError(f"wrap: the model fails on {where}: {type(e).__name__}: {e}") from e
+        wide = (len(x), 2 * x.shape[1], *x.shape[2:])
+        if not isinstance(out, Tensor) or out.shape not in (x.shape, wide) or not out.is_floating_point():
+            got = f"{list(out.shape)} of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+            raise ConfigError(f"wrap: on {where} the model returns {got}; expected a float tensor {list(x.shape)}")
+        if not out.isfinite().all():
+            raise ConfigError(f"wrap: on {where} the model returns nan or inf; check its weights and its time label")
+        return out
+
+    denoise.network = watched
+    first, last = schedule.node(schedule.t_start), schedule.node(schedule.t_end)
+    middle = schedule.node(schedule.t_at(min(max(0.0, first.lam), last.lam)))
+    for node in (first, middle, last):
+        D = denoise(node.alpha * clean + node.sigma * noise, node)
+        size = D.square().mean().sqrt().item()
+        if node is not first and not size <= LARGEST:
+            raise ConfigError(
+                f"wrap: at t={node.t:.6g} the data prediction has root mean square {size:.3g}, but images are in "
+                f"[-1, 1]. Check predicts={predicts}, schedule, label and data_range; check=false leaves this test out."
+            )

@@ -1,0 +1,44 @@
+"""DDPM's ancestral sampling (Ho, Jain & Abbeel, arXiv 2006.11239, algorithm 2; any subsequence of its steps as in
+arXiv 2102.09672).
+
+Weak order 1, one evaluation per step. The posterior q(x_t | x_s, x_0 = D) has the right mean; its variance is fixed.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.grid import Step
+from evodiff.solvers.base import Solver, State
+
+
+@dataclass(frozen=True)
+class DDPM(Solver):
+    """`variance`: `small` is the posterior's beta~ (exact for data at one point), `large` the forward step's beta
+    (exact for unit Gaussian data)."""
+
+    variance: str = "small"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large"):
+            raise ConfigError(f"DDPM: variance={self.variance!r} does not exist; possible: small, large")
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    @property
+    def global_order(self) -> float:
+        return 1
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, noise: State) -> tuple[Tensor, State]:
+        s, t = step.s, step.t
+        a = s.alpha / t.alpha
+        beta = -(s.sigma**2) * math.expm1(-2 * step.h)  # the variance of q(x_s | x_t): sigma_s^2 - a^2 sigma_t^2
+        shrink = (t.sigma / s.sigma) ** 2
+        mean = (a * shrink) * x + (t.alpha * beta / s.sigma**2) * denoise(x, s)
+        variance = beta * shrink if self.variance == "small" else beta
+        return mean + math.sqrt(variance) * noise.normal(x), noise

@@ -1,0 +1,106 @@
+"""DPM-Solver and DPM-Solver++, singlestep (Lu et al., arXiv 2206.00927, algorithms 1 and 2; arXiv 2211.01095,
+algorithm 1 for 2S; 3S and the order schedules as in their released code).
+
+Global order 2 and 3. A step of order k spends k evaluations and remembers nothing. For a budget the last steps are of
+lower order, so that every number of evaluations can be spent: order 3 spends 10 as 3 + 3 + 3 + 1.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from torch import Tensor
+
+from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
+from evodiff.grid import Spacing, Step
+from evodiff.schedule import Node, NoiseSchedule
+from evodiff.solvers.base import Solver, State
+from evodiff.solvers.exponential import DATA, NOISE, Prediction, h_phi
+
+
+@dataclass(frozen=True)
+class DPMSolverPPSinglestep(Solver):
+    """`orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
+
+    `inner`: how the evaluations inside a step are spaced; null is uniform in half-log-SNR. Set to the spacing of the
+    grid, the whole is the released code's: the steps then start at every k-th of the budget's nodes.
+    """
+
+    order: int = 2
+    orders: tuple[int, ...] | None = None
+    inner: Spacing | None = None
+    lower_order_final: bool = True
+
+    def __post_init__(self) -> None:
+        for order in (self.order, *(self.orders or ())):
+            if order not in (1, 2, 3):
+                raise ConfigError(f"{type(self).__name__}: order={order} does not exist; possible: 1, 2, 3")
+        if self.orders is not None:
+            object.__setattr__(self, "orders", tuple(self.orders))
+
+    @property
+    def target(self) -> Prediction:
+        return DATA
+
+    @property
+    def global_order(self) -> float:
+        return self.order
+
+    def for_budget(self, nfe: int) -> Solver:
+        return replace(self, orders=order_schedule(self.order, nfe)) if self.lower_order_final else self
+
+    def evaluations(self, steps: int) -> int:
+        return sum(self.order_of(i) for i in range(steps))
+
+    def order_of(self, i: int) -> int:
+        return self.orders[i] if self.orders and i < len(self.orders) else self.order
+
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        if self.inner is None:
+            return super().times(spacing, steps, schedule, t_start, t_end)
+        ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))
+        fine = spacing.times(ends[-1], schedule, t_start, t_end)
+        return [fine[i] for i in ends]
+
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
+        target, s, t = self.target, step.s, step.t
+        hh, order = target.signed(step.h), self.order_of(step.i)
+        m_s = target.of(denoise(x, s), x, s)
+        x_t = target.first_order(x, m_s, s, t)
+        if order == 1:
+            return x_t, state
+        (s1, r1), (s2, r2) = self.nodes(step, order)
+        x_1 = target.first_order(x, m_s, s, s1)
+        D1 = target.of(denoise(x_1, s1), x_1, s1) - m_s
+        if order == 2:
+            return x_t - (target.gain(t) * math.expm1(hh) / (2 * r1)) * D1, state
+        x_2 = target.first_order(x, m_s, s, s2) - (target.gain(s2) * h_phi(2, r2 * hh) * r2 / r1) * D1
+        D2 = target.of(denoise(x_2, s2), x_2, s2) - m_s
+        return x_t - (target.gain(t) * h_phi(2, hh) / r2) * D2, state
+
+    def nodes(self, step: Step, order: int) -> tuple[tuple[Node, float], tuple[Node, float]]:
+        """The two nodes inside the step (order 2: the second is its end) and their places r in half-log-SNR."""
+        if self.inner is None:
+            return (step.at(1 / order), 1 / order), (step.at(2 / order) if order > 2 else step.t, 2 / order)
+        schedule = step.grid.schedule
+        times = self.inner.times(order, schedule, step.s.t, step.t.t)
+        s1, s2 = (schedule.node(t) for t in times[1:3])
+        return (s1, (s1.lam - step.s.lam) / step.h), (s2, (s2.lam - step.s.lam) / step.h)
+
+
+@dataclass(frozen=True)
+class DPMSolverSinglestep(DPMSolverPPSinglestep):
+    """The same for the noise prediction: DPM-Solver-2 and DPM-Solver-3."""
+
+    @property
+    def target(self) -> Prediction:
+        return NOISE
+
+
+def order_schedule(order: int, nfe: int) -> tuple[int, ...]:
+    """The orders of the steps that spend `nfe` evaluations, as the released code chooses them."""
+    full, rest = divmod(nfe, order)
+    if order == 3 and rest == 0:
+        return (*[3] * (full - 1), 2, 1) if full else ()
+    return (*[order] * full, rest) if rest else (order,) * full

@@ -1,0 +1,115 @@
+"""Configurations: every file composes and builds, keys are stable, and misspelt words find their neighbour."""
+
+import dataclasses
+import inspect
+import pkgutil
+from importlib import import_module
+
+import pytest
+from omegaconf import OmegaConf
+
+import evodiff.solvers
+from evodiff.config import build, choices, compose, essential, parse_range
+from evodiff.errors import ConfigError
+from evodiff.experiment import Job, Run
+from evodiff.report import Table
+from evodiff.solvers.base import Solver
+
+
+@pytest.mark.parametrize("name", choices("solver"))
+def test_every_solver_file_lists_every_field(name):
+    """What a YAML leaves out cannot be changed from the command line."""
+    config = compose("run", [f"solver={name}"]).solver
+    solver = build(config)
+    assert isinstance(solver, Solver)
+    fields = {f.name for f in dataclasses.fields(solver)}
+    fixed = {"order"} if len(getattr(type(solver), "orders", (1, 2))) == 1 else set()
+    assert fields - fixed <= set(config) | {"orders"}
+
+
+def test_every_solver_has_a_file():
+    used = {compose("run", [f"solver={name}"]).solver._target_ for name in choices("solver")}
+    for module in pkgutil.iter_modules(evodiff.solvers.__path__):
+        members = vars(import_module(f"evodiff.solvers.{module.name}")).values()
+        for cls in members:
+            own = inspect.isclass(cls) and cls.__module__ == f"evodiff.solvers.{module.name}"
+            if own and issubclass(cls, Solver) and not inspect.isabstract(cls):
+                assert f"{cls.__module__}.{cls.__qualname__}" in used
+
+
+@pytest.mark.parametrize("name", [n for n in choices("grid") if n != "file"])
+def test_every_grid_builds(name):
+    assert len(build(compose("run", [f"grid={name}"]).grid).times(4, build(EDM), 80.0, 0.002)) == 5
+
+
+EDM = OmegaConf.create({"_target_": "evodiff.schedule.EDM"})
+
+
+@pytest.mark.parametrize("name", choices("table"))
+def test_every_table_resolves_to_distinct_runs(name):
+    table = Table.from_config(compose("table", [f"table={name}"]))
+    assert len({job.run.key() for job in table.jobs.values()}) == len(table.rows) * len(table.nfe)
+
+
+def run_of(*overrides):
+    return Run.from_config(compose("run", ["solver=ddim", *overrides]))
+
+
+def test_the_key_is_readable_and_depends_on_what_decides_the_images():
+    base = run_of()
+    assert base.key().startswith("ddim-nfe10-")
+    assert run_of("device=cpu", "batch=7", "shard=3", "protocol=none").key() == base.key()
+    changes = ["nfe=11", "seeds=0-998", "denoise_final=true", "grid.rho=6", "dtype=float32", "threshold=clip"]
+    keys = {run_of(c, *(["grid=karras"] if "rho" in c else [])).key() for c in changes}
+    assert len(keys | {base.key()}) == len(changes) + 1
+
+
+def test_the_key_of_a_known_run_does_not_change():
+    """Records are found by their key: this is one that is committed."""
+    assert run_of("solver=evodiff", "nfe=10", "seeds=0-9999").key() == "evodiff-nfe10-KEY"
+
+
+def test_a_default_written_out_is_the_same_run():
+    solver = {"_target_": "evodiff.solvers.evodiff.EVODiff", "name": "evodiff"}
+    assert essential(solver | {"mu": 0.5, "final": "released"}) == solver
+    assert essential(solver | {"mu": 0.25}) == solver | {"mu": 0.25}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0-999", range(1000)), ("7", range(7, 8)), ("5-5", range(5, 6))])
+def test_seed_ranges(text, expected):
+    assert parse_range(text) == expected
+
+
+@pytest.mark.parametrize("text", ["-3", "5-2", "a", "1-", "", "0:9"])
+def test_bad_seed_ranges(text):
+    with pytest.raises(ConfigError, match="like seeds=0-999"):
+        parse_range(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nfee=5", "nfee is no key of the configuration. Did you mean nfe?"),
+        ("solver=evodif", "solver=evodif does not exist. Did you mean evodiff?"),
+        ("model=minst_tiny", "Did you mean mnist_tiny?"),
+        ("solver.moo=1", "solver.moo is no key of the configuration. Did you mean solver.mu?"),
+        ("solver.fianl=euler", "Did you mean solver.final?"),
+        ("gird=karras", "Did you mean grid?"),
+        ("nfe", "is no override. Expected key=value"),
+        ("grid=file", "grid.path must be given"),
+    ],
+)
+def test_a_typo_names_the_nearest(override, message):
+    with pytest.raises(ConfigError) as error:
+        compose("run", ["solver=evodiff", override] if not override.startswith("solver=") else [override])
+    assert message in str(error.value)
+
+
+def test_a_value_a_solver_refuses_keeps_the_solvers_words():
+    with pytest.raises(ConfigError, match="order=7 does not exist; possible: 1, 2, 3"):
+        build(compose("run", ["solver=dpmpp_2m", "solver.order=7"]).solver)
+
+
+def test_rounding_is_the_protocols():
+    with pytest.raises(ConfigError, match="Set rounding=round"):
+        Job.compose(["rounding=truncate"])

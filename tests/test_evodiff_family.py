@@ -1,0 +1,82 @@
+"""EVODiff's ablations and the paper's own formulas."""
+
+import pytest
+import torch
+from exact import SHORT_EDM, VP, grid, mixture, order, start
+
+from evodiff.errors import ConfigError
+from evodiff.sampling import integrate
+from evodiff.solvers.base import Past
+from evodiff.solvers.evodiff import EVODiff
+from evodiff.solvers.evodiff_paper import EVODiffPaper, ratio
+from evodiff.solvers.exponential import ddim
+
+
+def run(solver, steps=8):
+    return integrate(solver, mixture(), start(shape=(2, 3, 3)), grid(steps))
+
+
+def test_each_ablation_is_another_method():
+    released = run(EVODiff())
+    for change in ({"zeta": 1.0}, {"eta": 0.0}, {"balance": False}, {"final": "euler"}, {"mu": 0.3}):
+        assert (run(EVODiff(**change)) - released).norm() > 1e-4 * released.norm(), change
+
+
+def test_with_every_ablation_the_released_rule_is_of_second_order():
+    """zeta = 1, eta = 0 and plain differences leave a classical corrector: what costs the order is the weights."""
+    plain = EVODiff(final="euler", zeta=1.0, eta=0.0, balance=False)
+    for schedule in (SHORT_EDM, VP):
+        assert order(plain, 160, schedule) == pytest.approx(2, abs=0.25)
+        assert order(EVODiff(final="euler"), 160, schedule) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("schedule", [SHORT_EDM, VP])
+def test_the_papers_zeta_costs_an_order(schedule):
+    assert order(EVODiffPaper(lower_order_final=False), 160, schedule) == pytest.approx(1, abs=0.1)
+    for eta in (None, 0.3):
+        solver = EVODiffPaper(lower_order_final=False, zeta=1, eta=eta)
+        assert solver.global_order == 2
+        assert order(solver, 640, schedule) == pytest.approx(2, abs=0.2)
+
+
+def test_the_papers_correction_line_by_line():
+    g, model = grid(6), mixture()
+    x = start(shape=(2, 3, 3))
+    step = list(g.steps())[2]
+    s, t, before = step.s, step.t, step.previous.s
+    D = [model(x * k, node) for k, node in ((1.3, before), (0.8, s), (0.5, t))]
+    past = (Past(before, 1.3 * x, D[0]), Past(s, 0.8 * x, D[1]))
+    out = EVODiffPaper().correct(0.5 * x, D[2], step, past)
+
+    h = 1 / t.kappa - 1 / s.kappa
+    h_before = h * (s.lam - before.lam) / (t.lam - s.lam)
+    for k in range(len(x)):
+        B_l, B_u = (D[1] - D[0])[k] / h_before, (D[2] - D[1])[k] / h
+        tilde = B_u - B_l
+        eta = torch.sigmoid((tilde * B_l).sum().abs() / (tilde * tilde).sum())
+        B = (1 - eta) * B_l + eta * B_u
+        D_i, P = 0.5 * h * B, t.sigma * h * (D[1] - D[2])[k]
+        zeta_star = -(D_i * P).sum() / (t.sigma * h * (D_i * D_i).sum())
+        zeta = torch.sigmoid(-(zeta_star.abs() - 0.5))
+        expected = ddim(0.8 * x[k], D[1][k], s, t) + t.sigma * 0.5 * h**2 * zeta * B
+        torch.testing.assert_close(out[k], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_ratio_of_nothing_is_nothing():
+    zero = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
+    assert ratio(torch.ones_like(zero), zero).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("solver", "fields", "message"),
+    [
+        (EVODiff, {"zeta": 0.0}, "zeta=0.0 is impossible"),
+        (EVODiff, {"eta": 1.5}, "eta=1.5 is impossible; possible: 0 to 1"),
+        (EVODiff, {"final": "x"}, "final='x' does not exist; possible: released, euler"),
+        (EVODiffPaper, {"zeta": 2.0}, "zeta=2.0 is impossible; possible: 0 to 1"),
+        (EVODiffPaper, {"order": 3}, "order=3 does not exist; possible: 2"),
+    ],
+)
+def test_impossible_fields_are_refused(solver, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        solver(**fields)

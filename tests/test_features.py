@@ -1,0 +1,171 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evodiff.compat import import_torchvision
+from evodiff.data import mnist_digits
+from evodiff.errors import ConfigError, MetricError
+from evodiff.metrics.features import exact_float32, extractor
+from evodiff.metrics.resize import resize
+from evodiff.verify.metrics import relative, write_random_inception
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    write_random_inception(path)
+    return path
+
+
+def test_digits_are_told_apart_by_the_shipped_classifier():
+    x, labels = mnist_digits()
+    out = extractor("mnist_classifier")(x[::10])
+    assert out.features.shape == (500, 64) and out.features.dtype == torch.float32
+    assert out.logits is not None
+    assert (out.logits.argmax(1) == labels[::10]).float().mean() > 0.97
+
+
+def test_batch_size_changes_features_by_rounding_only():
+    extract = extractor("mnist_classifier")
+    x, _ = mnist_digits()
+    whole = extract(x[:64]).features
+    assert relative(torch.cat([extract(b).features for b in x[:64].split(1)]), whole) < 1e-6
+
+
+def test_inception_equals_torch_fidelity(weights):
+    import_torchvision()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(weights))
+    extract = extractor("inception", "cpu", "tensorflow", "128", weights)
+    x = images(2, 3, 40, 32)
+    with torch.inference_mode():
+        features, logits = theirs(x)
+    out = extract(x)
+    assert out.logits is not None and out.spatial is not None
+    assert relative(out.features, features) < 1e-5
+    assert relative(out.logits, logits) < 1e-5
+    # the features must say something of the image, or any comparison would pass
+    assert relative(features[0], features[1]) > 1e-2
+    seen = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, o: seen.append(o))
+    with torch.inference_mode():
+        theirs(x)
+    channel_last = seen[0][:, :7].permute(0, 2, 3, 1).reshape(2, 17 * 17 * 7)
+    assert relative(out.spatial, channel_last) < 1e-5
+
+
+def test_resize_kernel_and_scaling_each_change_the_features(weights):
+    x = images(2, 3, 32, 32)
+    variants = [("tensorflow", "128"), ("tensorflow", "127.5"), ("torch", "127.5"), ("clean", "128")]
+    found = [extractor("inception", "cpu", *v, weights)(x).features for v in variants]
+    for i, a in enumerate(found):
+        for b in found[i + 1 :]:
+            assert relative(a, b) > 1e-4
+
+
+def test_clean_resize_is_pillows_on_floats():
+    for h, w in ((28, 32), (311, 400)):
+        x = images(1, 1, h, w)
+        pillow = Image.fromarray(x[0, 0].float().numpy()).resize((299, 299), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(resize(x, 299, "clean")[0, 0], np.asarray(pillow), atol=5e-3)
+
+
+def test_tensorflow_resize_aligns_corners_of_pixels_not_centres():
+    ramp = torch.arange(4, dtype=torch.uint8).expand(1, 1, 4, 4).contiguous()
+    found = resize(ramp, 8, "tensorflow")[0, 0, 0]
+    assert found.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3]
+    centres = torch.nn.functional.interpolate(ramp.float(), size=8, mode="bilinear")[0, 0, 0]
+    assert torch.allclose(resize(ramp, 8, "torch")[0, 0, 0], centres)
+    assert not torch.allclose(found, centres)
+
+
+def test_resize_to_the_same_size_changes_nothing():
+    x = images(1, 2, 9, 9)
+    for kernel in ("tensorflow", "torch", "clean"):
+        assert torch.allclose(resize(x, 9, kernel), x.float(), atol=1e-4)
+
+
+def test_tf32_is_off_inside_and_as_before_outside():
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with exact_float32():
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (images(2, 3, 32, 32), "grey images"),
+        (images(2, 1, 28, 28), "32x32 images, and these are 28x28"),
+        (images(2, 1, 32, 32).float(), "must be uint8"),
+        (images(1, 32, 32), "shape"),
+    ],
+)
+def test_images_the_network_was_not_made_for_are_refused(bad, message):
+    with pytest.raises(MetricError, match=message):
+        extractor("mnist_classifier")(bad)
+
+
+def test_rgba_is_refused_by_inception(weights):
+    with pytest.raises(MetricError, match="RGB images"):
+        extractor("inception", "cpu", "tensorflow", "128", weights)(images(1, 4, 32, 32))
+
+
+def test_what_is_no_extractor_or_no_weights_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="inception"):
+        extractor("inceptoin")
+    with pytest.raises(ConfigError, match="native"):
+        extractor("mnist_classifier", "cpu", "clean", "128")
+    with pytest.raises(ConfigError, match="tensorflow"):
+        extractor("inception", "cpu", "bicubic", "128")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(MetricError, match="other.pth"):
+        extractor("inception", "cpu", "tensorflow", "128", tmp_path / "other.pth")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (sys.exit, ("the pickle was executed",))
+
+
+def test_a_weight_file_that_carries_code_is_not_run(tmp_path):
+    torch.save({"fc.bias": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(MetricError, match="bomb.pth"):
+        extractor("inception", "cpu", "tensorflow", "128", tmp_path / "bomb.pth")
+
+
+def test_torchvision_imports_beside_this_torch():
+    code = "from evodiff.compat import import_torchvision as i; i(); import torch_fidelity, pytorch_fid.inception"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_dinov2_through_torch_fidelity(monkeypatch):
+    class Backbone(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)).repeat(1, 342)[:, :1024]
+
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name: Backbone())
+    extractor.cache_clear()
+    out = extractor("dinov2")(images(2, 3, 32, 32))
+    assert out.features.shape == (2, 1024) and out.logits is None
+
+    def offline(repo, name):
+        raise RuntimeError("no internet")
+
+    monkeypatch.setattr(torch.hub, "load", offline)
+    extractor.cache_clear()
+    with pytest.raises(ConfigError, match="network access"):
+        extractor("dinov2")
+    extractor.cache_clear()

@@ -1,0 +1,170 @@
+"""Latent models through diffusers, on tiny random pipelines built here."""
+
+import pytest
+import torch
+
+from evodiff.errors import ConfigError
+from evodiff.grid import LogSNR, grid_for
+from evodiff.guidance import ClassifierFree, Unguided
+from evodiff.models.latent import latent, read_prompts
+from evodiff.sampling import generate
+from evodiff.solvers.dpmpp import DPMSolverPP
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  a dog \n")
+    assert read_prompts(str(path)) == ["a cat", "a dog"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_prompts(str(path))
+    with pytest.raises(ConfigError, match=r"absent\.txt cannot be read"):
+        read_prompts(str(tmp_path / "absent.txt"))
+
+
+def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'evodiff\[diffusers\]'"):
+        latent("anything")
+
+
+def scheduler(**kwargs):
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", **kwargs)
+
+
+@pytest.fixture
+def unconditional(tmp_path):
+    """A folder like that of LSUN-Bedroom: an unconditional U-Net and a VQ decoder."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **blocks,
+    )
+    decoder = diffusers.VQModel(
+        latent_channels=3,
+        num_vq_embeddings=16,
+        vq_embed_dim=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **blocks,
+    )
+    diffusers.LDMPipeline(vqvae=decoder, unet=unet, scheduler=scheduler()).save_pretrained(tmp_path / "ldm")
+    return tmp_path / "ldm"
+
+
+@pytest.fixture
+def text_conditional(tmp_path):
+    """A folder like that of Stable Diffusion: a text-conditional U-Net, a KL decoder, a text encoder and its tokens."""
+    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", "a</w>", "cat</w>", "dog</w>", "a", "c", "t", "d", "o", "g"]
+    (tmp_path / "vocab.json").write_text(str({w: i for i, w in enumerate(vocabulary)}).replace("'", '"'))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"), model_max_length=8
+    )
+    encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    decoder = diffusers.AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.18215,
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        decoder, encoder, tokenizer, unet, scheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    return tmp_path
+
+
+def sample(model, guidance, labels):
+    denoise = guidance(model, labels)
+    solver = DPMSolverPP(order=2)
+    grid = grid_for(4, solver, LogSNR(), denoise.schedule)
+    return generate(denoise, solver, grid, range(2), model.shape, decode=model.decode)
+
+
+def test_an_unconditional_pipeline_samples_latents_and_decodes_images(unconditional):
+    model = latent(str(unconditional))
+    assert (model.shape, model.num_classes) == ((3, 8, 8), 0)
+    assert model.files and all(len(digest) == 64 for digest in model.files.values())
+    # half-log-SNR of latent diffusion's schedule at both ends
+    schedule = model.denoiser(None).schedule
+    assert schedule.node(schedule.t_start).lam == pytest.approx(-4.4287, abs=1e-3)
+    assert schedule.node(schedule.t_end).lam == pytest.approx(3.2504, abs=1e-3)
+    out = sample(model, Unguided(), None)
+    assert (out.x.shape, out.images.shape, out.nfe) == ((2, 3, 8, 8), (2, 3, 16, 16), 4)
+    alone = model.decode(out.x[1:].float())
+    assert torch.allclose(model.decode(out.x.float())[1:], alone, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"unconditional: remove model\.prompts"):
+        (unconditional / "p.txt").write_text("a cat")
+        latent(str(unconditional), prompts=str(unconditional / "p.txt"))
+
+
+def test_our_denoiser_is_the_pipelines_noise_prediction(unconditional):
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_pretrained(unconditional / "unet").eval()
+    denoise = latent(str(unconditional)).denoiser(None)
+    node = denoise.schedule.node(0.5)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = (x - node.sigma * unet(x, 499.0).sample) / node.alpha
+    assert torch.allclose(denoise(x, node), expected, atol=1e-5)
+
+
+def test_prompts_are_labels_and_guide(text_conditional):
+    model = latent(str(text_conditional / "sd"), prompts=str(text_conditional / "prompts.txt"))
+    assert (model.shape, model.num_classes) == ((4, 8, 8), 2)
+    assert "prompts.txt" in model.files
+    labels, x = torch.tensor([1, 0]), torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
+    node = model.denoiser(None).schedule.node(0.5)
+    conditional, plain = model.denoiser(labels)(x, node), model.denoiser(None)(x, node)
+    assert not torch.allclose(conditional[0], conditional[1])
+    assert torch.allclose(plain[0], plain[1], atol=1e-6)
+    guided = ClassifierFree(7.5)(model, labels)(x, node)
+    assert torch.allclose(guided, plain + 7.5 * (conditional - plain), atol=1e-4)
+    out = sample(model, ClassifierFree(7.5), labels)
+    assert (out.images.shape, out.nfe) == ((2, 3, 16, 16), 4)
+
+
+def test_a_text_model_without_prompts_says_so(text_conditional):
+    with pytest.raises(ConfigError, match=r"conditioned on text: give model\.prompts"):
+        latent(str(text_conditional / "sd"))
+    with pytest.raises(ConfigError, match=r"absent cannot be read by diffusers"):
+        latent(str(text_conditional / "absent"))

@@ -1,0 +1,109 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evodiff.errors import ConfigError, MetricError
+from evodiff.metrics.protocol import Protocol, from_dict, protocol
+from evodiff.paths import CONFIGS
+from evodiff.sampling import to_uint8
+
+NAMES = sorted(p.stem for p in (CONFIGS / "protocol").glob("*.yaml") if p.stem != "none")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_protocol_loads_and_is_called_as_its_file(name):
+    p = protocol(name)
+    assert p.name == name
+    assert len(p.hash) == 8 and int(p.hash, 16) >= 0
+    assert from_dict(json.loads(json.dumps(p.describe()))) == p
+
+
+def test_no_two_protocols_share_a_hash():
+    assert len({protocol(name).hash for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_the_2015_inception_is_called_fid(name):
+    p = protocol(name)
+    assert (p.metric == "fid") == (p.extractor == "inception")
+    assert ("fid" in p.key("fid", 10)) == (p.extractor == "inception")
+
+
+CHANGES = {
+    "name": "other",
+    "metric": "fd_other",
+    "extractor": "inception",
+    "extractor_sha256": "00",
+    "resize": "clean",
+    "scaling": "128",
+    "rounding": "truncate",
+    "dataset": "other",
+    "reference": "other.npz",
+    "reference_sha256": "00",
+    "n": 10,
+    "labels": "balanced",
+}
+
+
+def test_every_field_changes_the_hash_and_is_named_when_compared():
+    p = protocol("mnist")
+    for field, value in CHANGES.items():
+        other = replace(p, **{field: value})
+        assert other.hash != p.hash
+        with pytest.raises(MetricError, match=field):
+            p.comparable(other)
+        with pytest.raises(MetricError, match=field):
+            p.comparable(other.describe())
+    p.comparable(p.describe())
+
+
+def test_equal_protocols_hash_equal_in_every_process():
+    p = Protocol("a", "fid", "inception", None, "tensorflow", "128", "round", "d", "r", None, 10)
+    assert p.hash == "a69d7280"
+
+
+def test_names_carry_n_and_fewer_images_are_a_proxy():
+    p = protocol("edm")
+    assert p.key("fid", 50_000) == "fid@50000" and not p.is_proxy("fid@50000")
+    assert p.is_proxy(p.key("fid", 5_000)) and p.is_proxy("fid@150000")
+    mnist = protocol("mnist")
+    assert [mnist.key(m, 7) for m in ("fid", "fid_se", "sfid", "kid", "is_std")] == [
+        "fd_mnist@7",
+        "fd_mnist_se@7",
+        "sfd_mnist@7",
+        "kid_mnist@7",
+        "is_std_mnist@7",
+    ]
+
+
+def test_the_data_set_chooses_the_reference():
+    assert protocol("edm", dataset="ffhq64").reference != protocol("edm").reference
+    with pytest.raises(ConfigError, match="cifar10"):
+        protocol("edm", dataset="cifar11")
+
+
+def test_rounding_rules_differ_as_the_code_bases_do():
+    """EDM rounds 127.5 x + 127.5; score_sde, guided-diffusion and EVODiff's scripts drop the fraction."""
+    x = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.001, 0.5, 0.9999, 1.0, 2.0], dtype=torch.float64)
+    assert to_uint8(x, protocol("edm").rounding).tolist() == [0, 0, 0, 128, 128, 191, 255, 255, 255]
+    assert to_uint8(x, protocol("score_sde").rounding).tolist() == [0, 0, 0, 127, 127, 191, 254, 255, 255]
+    fine = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+    darker = to_uint8(fine, "round").double() - to_uint8(fine, "truncate").double()
+    assert darker.mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_impossible_protocols_are_refused():
+    with pytest.raises(ConfigError, match="mnist"):
+        protocol("mnits")
+    with pytest.raises(ConfigError, match="none"):
+        protocol("none")
+    with pytest.raises(ConfigError, match="truncate"):
+        protocol("mnist", rounding="ceil")
+    with pytest.raises(ConfigError, match="unknown fields .'colour'"):
+        protocol("mnist", colour=1)
+    with pytest.raises(ConfigError, match="missing fields"):
+        from_dict({"name": "half"})
+    with pytest.raises(ConfigError, match="2 images"):
+        protocol("mnist", n=1)

@@ -1,0 +1,244 @@
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evodiff.data import mnist_digits
+from evodiff.errors import ConfigError, MetricError
+from evodiff.files import sha256
+from evodiff.metrics.cli import score_path_main
+from evodiff.metrics.distances import rmse, sliced_wasserstein
+from evodiff.metrics.features import extractor
+from evodiff.metrics.frechet import Gaussian, frechet_distance
+from evodiff.metrics.images import read_images
+from evodiff.metrics.moments import Moments
+from evodiff.metrics.protocol import protocol
+from evodiff.metrics.score import METRICS, Scorer, files_used, reference_of, score
+from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
+
+MNIST = protocol("mnist")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mnist_digits()[0][::50]
+
+
+def save_png(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_score_streams_and_says_n(digits):
+    whole = score([digits], MNIST)
+    assert list(whole) == ["fd_mnist@100"]
+    parts = score(digits.split(7), MNIST)
+    assert parts["fd_mnist@100"] == pytest.approx(whole["fd_mnist@100"], rel=1e-6)
+    assert score(mnist_digits()[0].split(500), MNIST)["fd_mnist@5000"] < 1e-6
+
+
+def test_the_distance_is_that_of_the_features(digits):
+    features = extractor("mnist_classifier")(digits).features.double()
+    expected = frechet_distance(Gaussian(features.mean(0), torch.cov(features.T), 100), reference_of(MNIST).gaussian)
+    assert score([digits], MNIST)["fd_mnist@100"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_metric_comes_from_one_pass(digits):
+    images = mnist_digits()[0][::2]
+    values = score(images.split(250), MNIST, metrics=[m for m in METRICS if m != "sfid"])
+    names = ["fd_mnist", "fd_mnist_se", "fd_mnist_inf", "is_mnist", "is_std_mnist", "kid_mnist", "kid_std_mnist"]
+    names += [f"{name}_mnist" for name in ("precision", "recall", "density", "coverage")]
+    assert set(values) == {f"{name}@2500" for name in names}
+    assert values["precision_mnist@2500"] == 1 and 9 < values["is_mnist@2500"] <= 10
+    assert abs(values["kid_mnist@2500"]) < 3 * values["kid_std_mnist@2500"]
+    assert values["fd_mnist_inf@2500"] < values["fd_mnist@2500"]
+
+
+def test_moments_of_shards_add_up_to_the_score(digits, tmp_path, capsys):
+    shards = []
+    for i, shard in enumerate(digits.split(30)):
+        path = tmp_path / f"moments-{i}.npz"
+        np.savez(tmp_path / f"shard-{i}.npz", images=shard.numpy())
+        options = [f"path={tmp_path}/shard-{i}.npz", "protocol=mnist", f"moments={path}"]
+        assert score_path_main(options) == 0
+        shards.append(str(path))
+    capsys.readouterr()
+    for order in (shards, shards[::-1]):
+        score_path_main([f"path={','.join(order)}", "protocol=mnist", "--json"])
+        found = json.loads(capsys.readouterr().out)["metrics"]
+        assert found["fd_mnist@100"] == pytest.approx(score([digits], MNIST)["fd_mnist@100"], rel=1e-6)
+
+
+def test_folder_zip_npz_and_run_score_the_same(digits, tmp_path, capsys):
+    folder = save_png(tmp_path / "png", digits)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"inner/{file.name}")
+        archive.writestr("__MACOSX/inner/._000.png", b"junk")
+        archive.writestr("readme.txt", b"junk")
+    np.savez(tmp_path / "nhw.npz", digits[:, 0].numpy())
+    np.savez(tmp_path / "nhwc.npz", samples=digits.permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "float.npz", images=digits.numpy().astype(np.float32))
+    run = tmp_path / "run"
+    run.mkdir()
+    np.savez(run / "shard-000000.npz", images=digits.numpy())
+    np.savez(run / "shard-000500.npz", images=digits.numpy())  # not listed: does not exist
+    listed = {"first": 0, "sha256": sha256(run / "shard-000000.npz")}
+    (run / "manifest.json").write_text(json.dumps({"shards": [listed]}))
+    expected = score([digits], MNIST)["fd_mnist@100"]
+    for name in ("png", "a.zip", "nhw.npz", "nhwc.npz", "float.npz", "run"):
+        assert score_path_main([f"path={tmp_path / name}", "protocol=mnist", "batch=33", "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["metrics"]["fd_mnist@100"] == pytest.approx(expected, rel=1e-5), name
+        assert printed["protocol"]["hash"] == MNIST.hash and not printed["lossy"]
+
+
+def test_a_proxy_and_lossy_files_are_said(digits, tmp_path, capsys):
+    folder = tmp_path / "jpg"
+    folder.mkdir()
+    for i, image in enumerate(digits[:10]):
+        Image.fromarray(image[0].numpy()).save(folder / f"{i}.jpg")
+    score_path_main([f"path={folder}", "protocol=mnist"])
+    out = capsys.readouterr().out
+    assert "fd_mnist@10" in out and "proxy: the protocol asks for 5000" in out and "lossy" in out
+
+
+def grey(folder, name, size=(32, 32), mode="L"):
+    folder.mkdir(exist_ok=True)
+    image = Image.new(mode, size) if mode == "I;16" else Image.effect_noise(size, 50).convert(mode)
+    image.save(folder / name)
+
+
+def bad_folder(tmp_path, kind):
+    folder = tmp_path / "bad"
+    grey(folder, "a.png")
+    if kind == "colour":
+        grey(folder, "b.png", mode="RGB")
+    elif kind == "alpha":
+        grey(folder, "b.png", mode="RGBA")
+    elif kind == "16 bit":
+        grey(folder, "b.png", mode="I;16")
+    elif kind == "other size":
+        grey(folder, "b.png", size=(28, 28))
+    elif kind == "cut":
+        (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    elif kind == "text":
+        (folder / "b.png").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["colour", "alpha", "16 bit", "other size", "cut", "text"])
+def test_a_bad_image_is_refused_by_name(kind, tmp_path):
+    with pytest.raises(MetricError, match="b.png"):
+        score_path_main([f"path={bad_folder(tmp_path, kind)}", "protocol=mnist"])
+
+
+def test_one_image_no_image_and_no_path_are_refused(tmp_path):
+    folder = bad_folder(tmp_path, "only one")
+    with pytest.raises(MetricError, match="at least 2 images, and there is 1"):
+        score_path_main([f"path={folder}", "protocol=mnist"])
+    (folder / "a.png").unlink()
+    with pytest.raises(MetricError, match="holds no images"):
+        score_path_main([f"path={folder}", "protocol=mnist"])
+    with pytest.raises(MetricError, match="does not exist"):
+        score_path_main([f"path={tmp_path}/nowhere", "protocol=mnist"])
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 1, 32, 32), np.float32) - 1, "floats from -1"),
+        (np.full((4, 1, 32, 32), 300.0), "expected 0..255"),
+        (np.linspace(0, 1, 4 * 32 * 32).reshape(4, 1, 32, 32), "floats from 0 to 1"),
+        (np.full((4, 1, 32, 32), np.nan), "expected 0..255"),
+        (np.zeros((4, 1, 32, 32), np.int64), "int64"),
+        (np.zeros((4, 32, 32, 3), np.uint8), "grey images"),
+        (np.zeros((4, 32)), "holds images"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_by_name(array, message, tmp_path):
+    np.savez(tmp_path / "wrong.npz", images=array)
+    with pytest.raises(MetricError, match=message) as error:
+        list(read_images(tmp_path / "wrong.npz", channels=1))
+    assert "wrong.npz" in str(error.value)
+
+
+def test_a_changed_shard_and_a_broken_zip_are_refused(digits, tmp_path):
+    np.savez(tmp_path / "shard-000000.npz", images=digits.numpy())
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"first": 0, "sha256": "0" * 64}]}))
+    with pytest.raises(MetricError, match="shard-000000"):
+        list(read_images(tmp_path, channels=1))
+    (tmp_path / "broken.zip").write_text("no zip")
+    with pytest.raises(MetricError, match="broken.zip"):
+        list(read_images(tmp_path / "broken.zip", channels=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["path=x"], "both path"),
+        (["path=x", "protocol=mnist", "metric=fid"], "metric=fid"),
+        (["path=x", "protocol=mnits"], "mnist"),
+        (["path=x", "protocol=mnist", "batch=0"], "at least 1"),
+        (["path=x", "protocol=mnist", "device=cuda:77"], "device=cuda:77"),
+        (["path=x", "protocol=mnist", "metrics=fod"], "fod"),
+        (["path=x", "protocol=mnist", "weights=nowhere"], "nowhere"),
+        (["path=x", "protocol=mnist", "protocol.n=one"], "n="),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        score_path_main(options)
+
+
+def test_metrics_the_reference_cannot_serve_are_refused(tmp_path):
+    shipped = reference_of(MNIST)
+    np.savez(tmp_path / "r.npz", mu=shipped.gaussian.mean.numpy(), sigma=shipped.gaussian.cov.numpy())
+    bare = protocol("mnist", reference=str(tmp_path / "r.npz"), reference_sha256=None)
+    Scorer(bare)
+    for metric in ("kid", "pr", "sfid"):
+        with pytest.raises(MetricError, match=metric):
+            Scorer(bare, metrics=[metric])
+
+
+def test_files_used_are_given_in_full():
+    assert files_used(MNIST) == {"extractor": MNIST.extractor_sha256, "reference": MNIST.reference_sha256}
+
+
+def normal(n, d=4, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_jackknife_is_the_scatter_over_repetitions():
+    """The standard error said by one sample, against the spread over 200 samples. Away from the reference, where the
+    distance is nearly linear in the moments."""
+    reference = Gaussian(torch.full((4,), 1.0, dtype=torch.float64), 2 * torch.eye(4, dtype=torch.float64))
+    samples = [normal(400, seed=i) for i in range(200)]
+    spread = np.std([frechet_distance(Moments.of(x), reference) for x in samples])
+    said = np.mean([jackknife(groups(x), Moments.of(x), reference) for x in samples[:20]])
+    assert said == pytest.approx(spread, rel=0.15)
+
+
+def test_the_limit_removes_the_bias_of_few_images():
+    reference = Gaussian(torch.zeros(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64))
+    plain = np.mean([frechet_distance(Moments.of(normal(1000, 8, i)), reference) for i in range(10)])
+    limit = np.mean([frechet_infinity(normal(1000, 8, i), reference) for i in range(10)])
+    assert abs(limit) < 0.2 * plain
+
+
+def test_rmse_and_sliced_wasserstein():
+    x = normal(500, 3).reshape(500, 1, 3, 1)
+    assert rmse(x, x + 2) == pytest.approx(2)
+    assert sliced_wasserstein(x, x) == 0
+    # every projection moves by <s, direction>, whose mean square is |s|^2 / d
+    shift = torch.tensor([3.0, 0.0, 0.0]).reshape(1, 3, 1)
+    assert sliced_wasserstein(x, x + shift, projections=4000) == pytest.approx(3 / 3**0.5, rel=0.05)
+    # sorted first against last would be a permutation; the distance does not see the order of samples
+    assert sliced_wasserstein(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
+    assert sliced_wasserstein(x, torch.cat([x, x, x])) == pytest.approx(0, abs=1e-12)
+    assert sliced_wasserstein(x[:3], x[:2]) == pytest.approx(sliced_wasserstein(x[:2], x[:3]))

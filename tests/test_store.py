@@ -1,0 +1,167 @@
+"""The store: whole files, one run per folder, nothing lost, nothing doubled."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from evodiff.errors import StoreError
+from evodiff.store import SampleStore
+
+RUN = {"solver": {"name": "ddim"}, "nfe": 5}
+
+
+def store_at(folder, run=RUN, seeds=range(10), shard=4):
+    return SampleStore(folder, run, seeds, shard)
+
+
+def content(seeds):
+    images = np.stack([np.full((1, 2, 2), seed, np.uint8) for seed in seeds])
+    return images, images / 255.0
+
+
+def write(store, seeds, weights=None):
+    images, x = content(seeds)
+    store.write(list(seeds), images, x, nfe=5, seconds=1.0, weights=weights or {})
+
+
+def fill(store):
+    for seeds in store.missing():
+        write(store, seeds)
+
+
+def test_missing_then_written_then_read_in_order(tmp_path):
+    store = store_at(tmp_path)
+    assert store.missing() == [range(0, 4), range(4, 8), range(8, 10)]
+    for seeds in reversed(store.missing()):
+        write(store, seeds)
+    assert store.missing() == []
+    seeds, images = (np.concatenate(parts) for parts in zip(*store.batches("seeds", "images"), strict=True))
+    assert seeds.tolist() == list(range(10))
+    assert images[:, 0, 0, 0].tolist() == list(range(10))
+
+
+def test_an_incomplete_run_cannot_be_read(tmp_path):
+    store = store_at(tmp_path)
+    write(store, range(4, 8))
+    with pytest.raises(StoreError, match=r"lacks 6 of 10 images \(first: seed 0\)"):
+        next(store.batches("images"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "delete"])
+def test_a_damaged_shard_is_named_and_counts_as_missing(tmp_path, damage):
+    store = store_at(tmp_path)
+    fill(store)
+    path = tmp_path / "shard-000004.npz"
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "foreign":
+        path.write_bytes((tmp_path / "shard-000000.npz").read_bytes())
+    else:
+        path.unlink()
+    assert store.missing() == [range(4, 8)]
+    assert store.damaged() == ["shard-000004.npz"]
+    with pytest.raises(StoreError, match=r"shard-000004\.npz"):
+        list(store.batches("images"))
+    fill(store)
+    assert len(list(store.batches("images"))) == 3
+
+
+def test_files_the_manifest_does_not_list_do_not_count(tmp_path):
+    store = store_at(tmp_path)
+    write(store, range(0, 4))
+    (tmp_path / "shard-000004.npz").write_bytes((tmp_path / "shard-000000.npz").read_bytes())
+    assert store.missing() == [range(4, 8), range(8, 10)]
+
+
+def test_another_runs_folder_is_refused(tmp_path):
+    fill(store_at(tmp_path))
+    with pytest.raises(StoreError, match="holds another run: nfe differ"):
+        store_at(tmp_path, run=RUN | {"nfe": 6})
+
+
+def test_shards_without_a_manifest_are_refused(tmp_path):
+    np.savez(tmp_path / "shard-000000.npz", images=np.zeros(1))
+    with pytest.raises(StoreError, match="has no manifest.json"):
+        store_at(tmp_path)
+
+
+def test_a_broken_manifest_is_refused(tmp_path):
+    fill(store_at(tmp_path))
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read"):
+        store_at(tmp_path)
+
+
+def test_other_weights_are_refused(tmp_path):
+    store = store_at(tmp_path)
+    write(store, range(0, 4), weights={"net.safetensors": "aa"})
+    with pytest.raises(StoreError, match="sampled with other weights"):
+        write(store, range(4, 8), weights={"net.safetensors": "bb"})
+    assert store.missing() == [range(4, 8), range(8, 10)]
+
+
+def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    store = store_at(tmp_path)
+    write(store, range(0, 4))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        write(store, range(4, 8))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_range_is_handed_to_one_process_at_a_time(tmp_path):
+    with store_at(tmp_path).claim(range(0, 4)) as mine:
+        assert mine
+        seen = []
+
+        def other():
+            with store_at(tmp_path).claim(range(0, 4)) as theirs:
+                seen.append(theirs)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert seen == [False]
+        write(store_at(tmp_path), range(0, 4))
+    with store_at(tmp_path).claim(range(0, 4)) as again:
+        assert not again, "it is finished"
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from evodiff.store import SampleStore
+import evodiff.store as module
+
+step = sys.argv[2]
+if step == "before-rename":
+    os.replace = lambda *a: os._exit(9)
+if step == "before-manifest":
+    module.sha256 = lambda path: os._exit(9)
+images = np.zeros((4, 1, 2, 2), np.uint8)
+store = SampleStore(Path(sys.argv[1]), {"solver": {"name": "ddim"}, "nfe": 5}, range(10), 4)
+store.write([4, 5, 6, 7], images, images, nfe=5, seconds=1.0, weights={})
+"""
+
+
+@pytest.mark.parametrize("step", ["before-rename", "before-manifest"])
+def test_killed_while_writing_nothing_is_listed(tmp_path, step):
+    store = store_at(tmp_path)
+    write(store, range(0, 4))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), step])
+    assert done.returncode == 9
+    assert store.missing() == [range(4, 8), range(8, 10)]
+    fill(store)
+    images = np.concatenate([images for (images,) in store.batches("images")])
+    assert images[:, 0, 0, 0].tolist() == list(range(10))

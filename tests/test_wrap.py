@@ -1,0 +1,245 @@
+"""From networks of any kind to one denoiser: predictions, scales, labels, data ranges; and your own network."""
+
+import math
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import nn
+
+import evodiff
+from evodiff.config import CONFIGS, build, choices, compose
+from evodiff.errors import ConfigError, SamplingError
+from evodiff.grid import LogSNR, grid_for
+from evodiff.guidance import ClassifierFree
+from evodiff.models.adapter import PREDICTIONS, ContinuousTime, DiscreteTime, NetworkDenoiser, process
+from evodiff.models.analytic import GaussianMixture
+from evodiff.models.loading import cosine_betas, scaled_linear_betas, schedule_of
+from evodiff.sampling import generate
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
+from evodiff.solvers.dpmpp import DPMSolverPP
+
+MEANS = torch.linspace(-0.8, 0.8, 5, dtype=torch.float64).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+PARTS = (MEANS, torch.full((5,), 0.1, dtype=torch.float64), torch.full((5,), 0.2, dtype=torch.float64))
+
+
+def exact_network(schedule, predicts, data_range=(-1.0, 1.0), seen=None):
+    """What a perfect network of the mixture returns, given x and t of its own process and data range."""
+    contrast, middle = (data_range[1] - data_range[0]) / 2, (data_range[1] + data_range[0]) / 2
+    oracle = GaussianMixture(MEANS * contrast + middle, PARTS[1] * contrast, PARTS[2], schedule)
+
+    def network(x, t):
+        if seen is not None:
+            seen.append(t[0].item())
+        node = schedule.node(t[0].item())
+        x = x.double()
+        D = oracle(x, node)
+        eps = (x - node.alpha * D) / node.sigma
+        outputs = {"eps": eps, "x0": D, "v": node.alpha * eps - node.sigma * D, "score": -eps / node.sigma}
+        return outputs[predicts].float()
+
+    return network
+
+
+SCHEDULES = {"edm": EDM(), "linear": LinearVP(), "cosine": CosineVP(), "discrete": DiscreteVP.linear()}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize("sample_on", ["own", "edm"])
+@pytest.mark.parametrize("data_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_every_kind_of_network_becomes_the_same_denoiser(schedule, predicts, sample_on, data_range):
+    network = exact_network(schedule, predicts, data_range)
+    seen = process(schedule, lambda node: node.t, sample_on, data_range)
+    denoise = NetworkDenoiser(network, predicts, seen)
+    first, last = denoise.schedule.node(denoise.schedule.t_start), denoise.schedule.node(denoise.schedule.t_end)
+    for lam in (-2.0, 0.0, 1.5):
+        node = denoise.schedule.node(denoise.schedule.t_at(lam))
+        assert first.lam < lam < last.lam
+        x = node.alpha * MEANS[:3] + node.sigma * torch.randn(3, 1, 2, 2, dtype=torch.float64)
+        expected = GaussianMixture(*PARTS)(x / node.alpha, EDM().node(node.kappa))
+        D = denoise(x, node)
+        assert D.dtype == torch.float64
+        assert torch.allclose(D, expected, atol=5e-5)
+
+
+def test_sampling_a_vp_network_on_either_schedule_gives_the_same_images():
+    images = []
+    for sample_on in ("own", "edm"):
+        model = evodiff.wrap(
+            exact_network(LinearVP(), "eps"),
+            shape=(1, 2, 2),
+            predicts="eps",
+            schedule=LinearVP(t_start=0.999),
+            sample_on=sample_on,
+        )
+        denoise = model.denoiser(None)
+        solver = DPMSolverPP(order=2)
+        grid = grid_for(20, solver, LogSNR(), denoise.schedule)
+        images.append(generate(denoise, solver, grid, range(8), model.shape).x / grid.nodes[-1].alpha)
+    # the starts differ by sigma_T / alpha_T against 1 / alpha_T, a part in 10,000
+    assert torch.allclose(*images, atol=2e-3)
+
+
+def test_the_learned_variance_is_left_out():
+    network = exact_network(DiscreteVP.linear(), "eps")
+    seen = process(DiscreteVP.linear(), lambda node: node.t)
+    plain = NetworkDenoiser(network, "eps", seen)
+    wide = NetworkDenoiser(lambda x, t: torch.cat([network(x, t), torch.full_like(x, 7)], dim=1), "eps", seen)
+    x, node = torch.randn(2, 1, 2, 2), seen.native.node(0.3)
+    assert torch.equal(plain(x, node), wide(x, node))
+
+
+def test_labels_are_fractions_of_the_trained_ones_or_the_nearest():
+    schedule = DiscreteVP.linear()
+    assert DiscreteTime(1000)(schedule.node(0.001)) == 0
+    assert DiscreteTime(1000)(schedule.node(1.0)) == 999
+    assert DiscreteTime(1000)(schedule.node(0.25075)) == pytest.approx(249.75)
+    assert DiscreteTime(1000, whole=True)(schedule.node(0.25075)) == 250
+    assert ContinuousTime(999)(LinearVP().node(0.5)) == 499.5
+    with pytest.raises(SamplingError, match="outside the times 0.001 to 1"):
+        DiscreteTime(1000)(schedule.node(5e-4))
+    with pytest.raises(ConfigError, match="below the times"):
+        schedule.node(1e-4)
+
+
+def test_schedules_of_checkpoints():
+    assert schedule_of({"type": "LinearVP", "beta_min": 0.1, "beta_max": 20.0}) == LinearVP()
+    assert schedule_of({"type": "EDM", "t_start": 50.0, "t_end": 0.01}) == EDM(50.0, 0.01)
+    ddpm = schedule_of(
+        {"type": "DiscreteVP", "betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_timesteps": 1000}
+    )
+    assert ddpm == DiscreteVP.linear()
+    cosine = schedule_of({"type": "DiscreteVP", "betas": "cosine", "num_timesteps": 1000})
+    assert cosine.node(0.5).alpha == pytest.approx(math.cos(0.508 / 1.008 * math.pi / 2), rel=1e-3)
+    assert len(cosine_betas(1000)) == 1000 and max(cosine_betas(1000)) == 0.999
+    # Stable Diffusion's: half-log-SNR 3.5347 to -2.6820
+    latent = DiscreteVP.from_betas(scaled_linear_betas(0.00085, 0.012, 1000))
+    assert latent.node(0.001).lam == pytest.approx(3.5347, abs=1e-4)
+    assert latent.node(1.0).lam == pytest.approx(-2.6820, abs=1e-4)
+    with pytest.raises(ConfigError, match="type=Cosine"):
+        schedule_of({"type": "Cosine"})
+
+
+class Tiny(nn.Module):
+    """A network of one weight: eps(x, t) = w x."""
+
+    def __init__(self, weight=0.5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x, t, y=None):
+        return self.weight * x + (0 if y is None else y.view(-1, 1, 1, 1).float())
+
+
+OWN = {"shape": (3, 8, 8), "predicts": "eps", "schedule": DiscreteVP.linear()}
+
+
+def test_wrapping_a_module_freezes_it_and_takes_its_weights(tmp_path):
+    save_file({"weight": torch.tensor(0.25)}, tmp_path / "w.safetensors")
+    torch.save({"weight": torch.tensor(0.75)}, tmp_path / "w.pt")
+    x, node = torch.ones(1, 3, 8, 8), OWN["schedule"].node(0.5)
+    for name, weight in (("w.safetensors", 0.25), ("w.pt", 0.75)):
+        net = Tiny().train()
+        model = evodiff.wrap(net, weights=str(tmp_path / name), **OWN)
+        assert not net.training and not net.weight.requires_grad
+        expected = (1 - node.sigma * weight) / node.alpha
+        assert model.denoiser(None)(x, node).mean().item() == pytest.approx(expected, rel=1e-6)
+        assert list(model.files) == [name] and len(model.files[name]) == 64
+
+
+def test_class_labels_reach_the_network_and_guidance():
+    model = evodiff.wrap(Tiny(), num_classes=4, **OWN)
+    x, node = torch.zeros(2, 3, 8, 8), OWN["schedule"].node(0.5)
+    labels = torch.tensor([1, 3])
+    shift = model.denoiser(labels)(x, node)[:, 0, 0, 0]
+    assert torch.allclose(shift, -node.sigma / node.alpha * labels)
+    assert torch.allclose(ClassifierFree(2.0)(model, labels)(x, node)[:, 0, 0, 0], 2 * shift)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (lambda x, t: x[:, :, ::2], r"returns \[2, 3, 4, 8\]"),
+        (lambda x, t: (x, t), "returns tuple"),
+        (lambda x, t: x.long(), "torch.int64"),
+        (lambda x, t: x / 0, "nan or inf"),
+        (lambda x, t: x + 1000, "root mean square"),
+        (lambda x: x, "the model fails on .* TypeError"),
+    ],
+)
+def test_networks_that_cannot_be_right_are_refused_before_sampling(network, message):
+    with pytest.raises(ConfigError, match=message):
+        evodiff.wrap(network, **OWN)
+    evodiff.wrap(network, check=False, **OWN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predicts": "noise"}, "predicts=noise does not exist; possible: eps, x0, v, score"),
+        ({"shape": (8, 8)}, "must be channels, height, width"),
+        ({"data_range": (1, 0)}, "two rising numbers"),
+        ({"sample_on": "vp"}, "schedule=vp does not exist"),
+        ({"weights": "absent.safetensors"}, "absent.safetensors cannot be loaded"),
+    ],
+)
+def test_descriptions_that_cannot_be_right_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        evodiff.wrap(Tiny(), **{**OWN, **change})
+
+
+def test_a_yaml_wraps_a_class_of_another_package(tmp_path, monkeypatch):
+    (tmp_path / "my_package.py").write_text(
+        "from torch import nn\n"
+        "class MyUNet(nn.Module):\n"
+        "    def __init__(self, gain):\n"
+        "        super().__init__()\n"
+        "        self.gain = gain\n"
+        "    def forward(self, x, t):\n"
+        "        return self.gain * x\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = OmegaConf.create(
+        """
+        name: mine
+        _target_: evodiff.wrap
+        model: {_target_: my_package.MyUNet, gain: 0.5}
+        shape: [3, 8, 8]
+        predicts: eps
+        schedule: {_target_: evodiff.schedule.LinearVP}
+        label: {_target_: evodiff.models.adapter.ContinuousTime, scale: 999}
+        data_range: [0, 1]
+        """
+    )
+    model = build(config, device="cpu")
+    assert model.shape == (3, 8, 8)
+    assert model.denoiser(None)(torch.zeros(1, 3, 8, 8), model.denoiser(None).schedule.node(1.0)).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_file_names_arguments_that_exist(name):
+    config = dict(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml"))
+    target = hydra.utils.get_object(config.pop("_target_"))
+    names = target.__code__.co_varnames[: target.__code__.co_argcount + target.__code__.co_kwonlyargcount]
+    assert set(config) <= set(names) and "device" in names
+    assert compose("run", [f"model={name}"]).model.name == name
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_checkpoint_a_model_file_names_is_in_the_registry(name):
+    from evodiff.checkpoints.registry import registry
+
+    config = OmegaConf.load(CONFIGS / "model" / f"{name}.yaml")
+    expected = {
+        "evodiff.models.edm.edm": "edm",
+        "evodiff.models.score_sde.score_sde": "score_sde",
+        "evodiff.models.ddim.ddim": "ddim",
+        "evodiff.models.guided_diffusion.guided_diffusion": "guided_diffusion",
+    }
+    if config._target_ in expected:
+        assert registry()[config.checkpoint].architecture in ("", expected[config._target_])
+    if config.get("classifier"):
+        assert registry()[config.classifier].architecture == "guided_diffusion_classifier"
