@@ -4,6 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     The chosen file of each group is kept as its `name`. Raises ConfigError, naming the nearest valid key or choice.
     """
+    return _compose(root, tuple(overrides)).copy()
+
+
+@cache
+def _compose(root: str, overrides: tuple[str, ...]) -> DictConfig:
     outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
     GlobalHydra.instance().clear()
     try:
@@ -40,21 +46,19 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def named(cfg: DictConfig, choices: Any) -> DictConfig:
     """The configuration without Hydra's own part, with the chosen file of each group as its `name`."""
-    cfg = cfg.copy()
     OmegaConf.set_readonly(cfg, False)
-    with_names = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    OmegaConf.set_struct(with_names, False)
-    for group, choice in choices.items():
-        if group in with_names and choice:
-            with_names[group] = {"name": choice, **with_names[group]}
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    if missing := sorted(OmegaConf.missing_keys(own)):
+        raise ConfigError(f"{', '.join(missing)} must be given, for it has no default. Add {missing[0]}=...")
     try:
-        OmegaConf.resolve(with_names)
-        missing = OmegaConf.missing_keys(with_names)
+        OmegaConf.resolve(own)
     except OmegaConfBaseException as e:
         raise ConfigError(str(e).splitlines()[0]) from e
-    if missing:
-        raise ConfigError(f"{', '.join(sorted(missing))} must be given: no default exists. Add {min(missing)}=...")
-    return with_names
+    OmegaConf.set_struct(own, False)
+    for group, choice in choices.items():
+        if group in own and choice:
+            own[group] = {"name": choice, **own[group]}
+    return own
 
 
 def build(config: Any, *args: Any, **kwargs: Any) -> Any:

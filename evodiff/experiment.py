@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,12 @@ class Run:
         ):
             if content[key] not in known:
                 raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(known)}.")
-        nfe = content["nfe"]
-        if nfe is not None and (not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1):
-            raise ConfigError(f"nfe={nfe} is impossible: expected a number of network evaluations, at least 1.")
         fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "seeds"}
         return cls(**fields, seeds=(seeds.start, seeds.stop - 1))
+
+    def __post_init__(self) -> None:
+        if self.nfe is not None and (type(self.nfe) is not int or self.nfe < 1):
+            raise ConfigError(f"nfe={self.nfe} is impossible: expected a number of network evaluations, at least 1.")
 
     @property
     def seed_range(self) -> range:
@@ -148,6 +149,9 @@ class Job:
             kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
             reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
         return cls(run, protocol, reference_run, device_for(cfg.device), cfg.batch, cfg.shard, build(cfg.tracker))
+
+    def with_nfe(self, nfe: int) -> "Job":
+        return replace(self, run=replace(self.run, nfe=nfe))
 
 
 def device_for(name: str) -> str:
@@ -334,5 +338,4 @@ def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _save_preview(run: Run, store: SampleStore) -> None:
-    images = next(store.batches("images"))[0][:64]
-    save_grid(run.folder / "grid.png", images, columns=8)
+    save_grid(run.folder / "grid.png", store.first(64), columns=8)

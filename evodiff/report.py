@@ -43,11 +43,8 @@ class Table:
     @cached_property
     def jobs(self) -> dict[tuple[str, int], Job]:
         """Every cell by (row, NFE). Raises ConfigError if two cells are one run or the protocols differ."""
-        jobs = {
-            (row, nfe): Job.compose([*self.base, *overrides, f"nfe={nfe}"])
-            for row, overrides in self.rows.items()
-            for nfe in self.nfe
-        }
+        rows = {row: Job.compose([*self.base, *overrides]) for row, overrides in self.rows.items()}
+        jobs = {(row, nfe): job.with_nfe(nfe) for row, job in rows.items() for nfe in self.nfe}
         keys: dict[str, tuple[str, int]] = {}
         for cell, job in jobs.items():
             if (other := keys.setdefault(job.run.key(), cell)) != cell:
@@ -180,7 +177,7 @@ class Table:
         shown = self.nfe if len(self.nfe) <= 8 else [n for n in self.nfe if n in (5, 6, 8, 10, 12, 15, 20, 25)]
         for (row, nfe), job in self.jobs.items():
             if nfe in shown and job.run.folder.exists() and not (store := store_of(job)).missing():
-                sheets.setdefault(row, {})[nfe] = next(store.batches("images"))[0][:9]
+                sheets.setdefault(row, {})[nfe] = store.first(9)
         return sheets
 
     def _write(self, name: str, text: str) -> None:

@@ -133,6 +133,15 @@ class SampleStore:
             with np.load(self.folder / shard.file) as file:
                 yield tuple(file[name] for name in names)
 
+    def first(self, n: int) -> np.ndarray:
+        """The first n images, or all if there are fewer."""
+        found: list[np.ndarray] = []
+        for (images,) in self.batches("images"):
+            found.append(images[: n - sum(map(len, found))])
+            if sum(map(len, found)) == n:
+                break
+        return np.concatenate(found)
+
     def check_weights(self, weights: Mapping[str, str]) -> None:
         """Raise StoreError if the images here were made with other weight files."""
         self._check_weights(self._read(), weights)

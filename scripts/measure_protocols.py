@@ -1,5 +1,5 @@
 """What the rules of a protocol do to the number: measured on real and generated digits, written to
-results/bench/protocols.json and into docs/protocols.md. `python scripts/measure_protocols.py` (some 5 minutes on one core).
+results/bench/protocols.json and into docs/protocols.md. `python scripts/measure_protocols.py`: minutes on one core.
 """
 
 import json
@@ -92,7 +92,7 @@ def rounding(states: Tensor) -> dict[str, Any]:
 
 
 def resizing(real: Tensor) -> dict[str, dict[str, float]]:
-    """Real digits enlarged to 64x64 by Pillow's bicubic, brought back to 32x32 by each kernel: distance between kernels."""
+    """Real digits enlarged to 64x64 and brought back to 32x32 by each kernel: distance between kernels."""
     large = to_grey(F.interpolate(real.double(), size=64, mode="bicubic", antialias=True))
     small = {kernel: Moments.of(features(to_grey(resize(large, 32, kernel).double()))) for kernel in KERNELS}
     return {a: {b: frechet_distance(small[a], small[b]) for b in KERNELS} for a in KERNELS}
@@ -170,8 +170,8 @@ def markdown(found: dict[str, Any]) -> str:
     floor = found["noise_floor"]
     lines = [
         "",
-        f"All distances are `fd_mnist` (protocol hash {found['protocol']['hash']}). Two random halves of the real digits "
-        f"are {floor['distance']:.2f} apart ({floor['n']:,} against {floor['n']:,}): that is the scale.",
+        f"All distances are `fd_mnist` (protocol hash {found['protocol']['hash']}). Two random halves of the real "
+        f"digits are {floor['distance']:.2f} apart ({floor['n']:,} against {floor['n']:,}): that is the scale.",
         "",
         f"**Rounding against truncation**, {samples}:",
         "",
@@ -180,19 +180,19 @@ def markdown(found: dict[str, Any]) -> str:
         f"| `round` (EDM) | {r['round']:.3f} |",
         f"| `truncate` (score_sde, ADM, EVODiff scripts) | {r['truncate']:.3f} |",
         "",
-        f"Truncated images are {-r['grey_levels']:.2f} grey levels darker on average (pixels that saturate at 0 or 255 do "
-        f"not change). Over five disjoint sets of 1,000 the difference truncate - round is "
+        f"Truncated images are {-r['grey_levels']:.2f} grey levels darker on average (pixels that saturate at "
+        f"0 or 255 do not change). Over five disjoint sets of 1,000 the difference truncate - round is "
         f"{r['difference_at_1000']:+.3f} ± {r['difference_at_1000_se']:.3f}; the two sets are "
         f"{r['between_the_two']:.4f} apart.",
         "",
-        "**Resize kernel**: the real digits, enlarged to 64x64 and brought back to 32x32 by each kernel; distance between",
-        "the results, which differ in nothing else:",
+        "**Resize kernel**: the real digits, enlarged to 64x64 and brought back to 32x32 by each kernel; distance",
+        "between the results, which differ in nothing else:",
         "",
         "| | " + " | ".join(KERNELS) + " |",
         "|---|" + "---:|" * len(KERNELS),
         *(f"| {a} | " + " | ".join(f"{kernels[a][b]:.3f}" for b in KERNELS) + " |" for a in KERNELS),
         "",
-        "At the door of Inception (random weights, 32 to 299; relative L2 change of the features against `tensorflow, 128`):",
+        "At the door of Inception (random weights, 32 to 299; relative L2 change of the features):",
         "",
         "| resize, scaling | change |",
         "|---|---:|",

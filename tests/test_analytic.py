@@ -17,7 +17,9 @@ def test_mixture_denoiser_is_the_posterior_mean(schedule):
     model = GaussianMixture(means, stds, weights, schedule)
     node = schedule.node(0.5 * (schedule.t_start + schedule.t_end) if schedule != EDM() else 0.6)
     x0 = torch.linspace(-4, 4, 40001, dtype=torch.float64)
-    prior = sum(w * torch.exp(-0.5 * ((x0 - m) / s) ** 2) / s for m, s, w in zip((-0.7, 0.4), stds, weights, strict=True))
+    prior = sum(
+        w * torch.exp(-0.5 * ((x0 - m) / s) ** 2) / s for m, s, w in zip((-0.7, 0.4), stds, weights, strict=True)
+    )
     for x in (-1.0, 0.1, 0.8):
         posterior = prior * torch.exp(-0.5 * ((x - node.alpha * x0) / node.sigma) ** 2)
         expected = (x0 * posterior).sum() / posterior.sum()

@@ -11,7 +11,7 @@ from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
 from evodiff.metrics.features import exact_float32, extractor
 from evodiff.metrics.resize import resize
-from evodiff.verify.metrics import relative, write_random_inception
+from evodiff.verify.metrics import Check, main, relative, write_random_inception
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -169,3 +169,16 @@ def test_dinov2_through_torch_fidelity(monkeypatch):
     with pytest.raises(ConfigError, match="network access"):
         extractor("dinov2")
     extractor.cache_clear()
+
+
+@pytest.mark.slow
+def test_verify_metrics_finds_no_difference(capsys):
+    assert main([]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
+def test_a_difference_or_nan_fails_its_check():
+    assert Check("x", "y", 1e-7, 1e-6).ok and not Check("x", "y", 1e-5, 1e-6).ok
+    assert not Check("x", "y", relative(float("nan"), 1.0), 1e-6).ok
+    with pytest.raises(ConfigError, match="leave --weights out"):
+        main(["--weights", "nowhere.pth"])

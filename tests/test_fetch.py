@@ -181,6 +181,14 @@ def test_a_file_that_changed_on_the_server_is_fetched_anew(entry, server):
     assert path.read_bytes() == CONTENT[::-1]
 
 
+def test_a_weak_tag_does_not_promise_the_same_bytes(entry, server):
+    path = entry("/a")
+    weak = {"etag": 'W/"1"'}
+    server.replies["/a"] = [{**weak, "cut": 1000}, {**weak, "content": CONTENT[::-1]}]
+    fetch("thing")
+    assert path.read_bytes() == CONTENT[::-1]
+
+
 @pytest.mark.parametrize("second", [{"ranges": False}, {"etag": 'W/"1"'}, {}])
 def test_a_server_without_ranges_or_tags_starts_over(entry, server, second):
     path = entry("/a")

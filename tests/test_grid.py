@@ -45,9 +45,7 @@ def test_karras_on_vp_visits_the_same_kappas():
 
 def test_time_spacings():
     vp = LinearVP(t_start=1.0, t_end=0.01)
-    uniform, quadratic = (
-        [n.t for n in grid_for(3, DDIM(), TimeUniform(power), vp).nodes] for power in (1.0, 2.0)
-    )
+    uniform, quadratic = ([n.t for n in grid_for(3, DDIM(), TimeUniform(power), vp).nodes] for power in (1.0, 2.0))
     np.testing.assert_allclose(uniform, [1, 0.67, 0.34, 0.01])
     np.testing.assert_allclose(quadratic, [1, 0.49, 0.16, 0.01])
 
@@ -57,7 +55,9 @@ def test_inner_node_lies_where_asked_in_lam():
     assert step.at(0.3).lam == pytest.approx(step.s.lam + 0.3 * step.h)
 
 
-@pytest.mark.parametrize(("nfe", "denoise_final", "near"), [(10, True, "9 or 11"), (9, False, "8 or 10"), (1, False, "2")])
+@pytest.mark.parametrize(
+    ("nfe", "denoise_final", "near"), [(10, True, "9 or 11"), (9, False, "8 or 10"), (1, False, "2")]
+)
 def test_an_impossible_budget_names_the_nearest(nfe, denoise_final, near):
     with pytest.raises(BudgetError, match=rf"nfe={nfe} .*Nearest: nfe={near}\."):
         grid_for(nfe, Heun(), LogSNR(), EDM(), denoise_final=denoise_final)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evodiff.compat import import_torchvision
 from evodiff.errors import ConfigError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import ClassifierFree, Unguided
@@ -28,15 +29,18 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
         latent("anything")
 
 
-def scheduler(**kwargs):
+def scheduler():
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", **kwargs)
+    return DDIMScheduler(
+        beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+    )
 
 
 @pytest.fixture
 def unconditional(tmp_path):
     """A folder like that of LSUN-Bedroom: an unconditional U-Net and a VQ decoder."""
+    import_torchvision()
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
@@ -64,6 +68,7 @@ def unconditional(tmp_path):
 @pytest.fixture
 def text_conditional(tmp_path):
     """A folder like that of Stable Diffusion: a text-conditional U-Net, a KL decoder, a text encoder and its tokens."""
+    import_torchvision()
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     vocabulary = ["<|startoftext|>", "<|endoftext|>", "a</w>", "cat</w>", "dog</w>", "a", "c", "t", "d", "o", "g"]

@@ -82,6 +82,7 @@ def test_the_data_set_chooses_the_reference():
     assert protocol("edm", dataset="ffhq64").reference != protocol("edm").reference
     with pytest.raises(ConfigError, match="cifar10"):
         protocol("edm", dataset="cifar11")
+    assert protocol("edm", dataset="mine", reference="mine.npz").reference == "mine.npz"
 
 
 def test_rounding_rules_differ_as_the_code_bases_do():

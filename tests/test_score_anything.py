@@ -9,15 +9,16 @@ from PIL import Image
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
-from evodiff.metrics.cli import score_path_main
+from evodiff.metrics.cli import score_path_main, stats_main
 from evodiff.metrics.distances import rmse, sliced_wasserstein
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.images import read_images
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import protocol
-from evodiff.metrics.score import METRICS, Scorer, files_used, reference_of, score
+from evodiff.metrics.score import METRICS, Scorer, extractor_of, files_used, reference_of, score
 from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
+from evodiff.verify.metrics import write_random_inception
 
 MNIST = protocol("mnist")
 
@@ -145,7 +146,7 @@ def test_one_image_no_image_and_no_path_are_refused(tmp_path):
     (folder / "a.png").unlink()
     with pytest.raises(MetricError, match="holds no images"):
         score_path_main([f"path={folder}", "protocol=mnist"])
-    with pytest.raises(MetricError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         score_path_main([f"path={tmp_path}/nowhere", "protocol=mnist"])
 
 
@@ -186,7 +187,7 @@ def test_a_changed_shard_and_a_broken_zip_are_refused(digits, tmp_path):
         (["path=x", "protocol=mnits"], "mnist"),
         (["path=x", "protocol=mnist", "batch=0"], "at least 1"),
         (["path=x", "protocol=mnist", "device=cuda:77"], "device=cuda:77"),
-        (["path=x", "protocol=mnist", "metrics=fod"], "fod"),
+        (["path=.", "protocol=mnist", "metrics=fod"], "fod"),
         (["path=x", "protocol=mnist", "weights=nowhere"], "nowhere"),
         (["path=x", "protocol=mnist", "protocol.n=one"], "n="),
     ],
@@ -204,6 +205,35 @@ def test_metrics_the_reference_cannot_serve_are_refused(tmp_path):
     for metric in ("kid", "pr", "sfid"):
         with pytest.raises(MetricError, match=metric):
             Scorer(bare, metrics=[metric])
+
+
+def test_inception_protocols_score_spatial_features_with_given_weights(tmp_path, capsys):
+    """Random weights: the same images are 0 apart, others are not, and the hash says that the weights are not ours."""
+    write_random_inception(tmp_path / "inception.pth")
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", images=random.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
+    weights, out = str(tmp_path / "inception.pth"), str(tmp_path / "ref.npz")
+    build = ["build", str(tmp_path / "a.npz"), "--protocol", "adm", "--weights", weights, "--out", out]
+    assert stats_main(build) == 0
+    capsys.readouterr()
+    common = ["protocol=adm", f"protocol.reference={out}", f"weights={weights}", "metrics=sfid", "--json"]
+    found = {}
+    for name in ("a", "b"):
+        assert score_path_main([f"path={tmp_path / name}.npz", *common]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["a"]["protocol"]["extractor_sha256"] == sha256(tmp_path / "inception.pth")
+    assert found["a"]["protocol"]["hash"] != protocol("adm").hash
+    assert found["a"]["metrics"]["sfid@3"] < 1e-6 < 1e-3 < found["b"]["metrics"]["sfid@3"]
+    with pytest.raises(MetricError, match="resize=tensorflow"):
+        score_path_main([f"path={tmp_path}/a.npz", *common, "protocol.resize=clean"])
+    with pytest.raises(MetricError, match="weights of inception"):
+        extractor_of(protocol("adm"), weights=tmp_path / "inception.pth")
+
+
+def test_references_that_must_be_built_say_how():
+    with pytest.raises(MetricError, match="evodiff stats build cifar10 --protocol clean"):
+        reference_of(protocol("clean"))
 
 
 def test_files_used_are_given_in_full():

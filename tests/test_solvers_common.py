@@ -80,6 +80,10 @@ RANGES = {"edm": (EDM(), 80.0, 0.002), "vp": (LinearVP(), 1.0, 1e-3)}
 
 
 BUDGETS = (128, 256)
+LATE = {"scire_2m": (256, 512)}
+"""Solvers whose errors of two orders have opposite signs, and where the lower one has won."""
+CANCELLING = {"dpm_v3"}
+"""Solvers whose leading error vanishes from pure noise to data on one Gaussian; their own tests measure elsewhere."""
 
 
 @pytest.mark.parametrize("schedule", RANGES)
@@ -87,8 +91,13 @@ BUDGETS = (128, 256)
 def test_order_of_convergence(name, schedule):
     """On a Gaussian's exact flow, without winding down, the error falls with the order that the solver states."""
     solver = solver_of(name, lower_order_final=False, final="euler")
-    measured = slope(errors(solver, *RANGES[schedule], BUDGETS))
-    assert measured == pytest.approx(solver.global_order, abs=0.25)
+    measured = slope(errors(solver, *RANGES[schedule], LATE.get(name, BUDGETS)))
+    if solver.global_order == 0:
+        assert measured < 0.25, "it says that it does not converge"
+    elif name in CANCELLING:
+        assert measured > solver.global_order - 0.25
+    else:
+        assert measured == pytest.approx(solver.global_order, abs=0.25)
 
 
 def test_the_order_test_can_fail():

@@ -46,6 +46,8 @@ def score_path_main(argv: list[str]) -> int:
     elif len(paths) > 1:
         raise ConfigError("several paths can only be moments; score images from one path at a time")
     else:
+        if not paths[0].exists():
+            raise ConfigError(f"path={paths[0]} does not exist; give a folder of images, a zip of images or an npz")
         weights = Path(options["weights"]) if "weights" in options else None
         scorer = Scorer(chosen, options["device"], options["metrics"].split(","), weights)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):

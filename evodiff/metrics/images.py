@@ -37,8 +37,7 @@ def read_images(path: Path, channels: int, rounding: str = "round", batch: int =
     elif path.suffix == ".npz":
         chunks = _of_npz(path, channels, rounding)
     else:
-        what = "is no folder, .zip or .npz" if path.exists() else "does not exist"
-        raise MetricError(f"{path} {what}; give a folder of images, a zip of images or an npz")
+        raise MetricError(f"{path} is no folder, .zip or .npz; give a folder of images, a zip of images or an npz")
     return _rebatched(path, chunks, batch)
 
 
@@ -86,10 +85,8 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise MetricError(f"{name} is no readable image: {e}") from e
     if MODES.get(image.mode) != channels:
-        expected = next(mode for mode, c in MODES.items() if c == channels)
-        raise MetricError(
-            f"{name} has mode {image.mode}, but this protocol scores {expected} images of 8 bits a channel"
-        )
+        expected = "grey" if channels == 1 else "RGB"
+        raise MetricError(f"{name} has mode {image.mode}, but this protocol scores 8-bit {expected} images")
     pixels = torch.from_numpy(np.array(image))
     return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
 

@@ -110,11 +110,12 @@ def protocol(name: str, **changes: Any) -> Protocol:
 def from_dict(values: Mapping[Any, Any]) -> Protocol:
     """The inverse of `describe`, and what a composed config means.
 
-    `references` and `reference_sha256s` (mappings by data set) may stand for `reference` and `reference_sha256`.
+    `references` and `reference_sha256s`, mappings by data set, stand for `reference` and `reference_sha256` where these
+    are not given.
     """
     given = {str(k): v for k, v in values.items() if k != "hash"}
     references, digests = given.pop("references", None), given.pop("reference_sha256s", None) or {}
-    if references is not None:
+    if references is not None and "reference" not in given:
         dataset = given.get("dataset")
         if dataset not in references:
             raise ConfigError(
@@ -123,6 +124,7 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
             )
         given |= {"reference": references[dataset], "reference_sha256": digests.get(dataset)}
     known = [f.name for f in fields(Protocol)]
+    given.setdefault("reference_sha256", None)
     required = [f.name for f in fields(Protocol) if f.default is MISSING]
     unknown, missing = sorted(given.keys() - set(known)), [k for k in required if k not in given]
     if unknown or missing:

@@ -184,10 +184,15 @@ def extractor_of(protocol: Protocol, device: str = "cpu", weights: Path | None =
 
 
 def reference_path(protocol: Protocol) -> Path:
-    """Where the reference file lies. Raises ConfigError, saying how to get it, if the registry's is not here."""
+    """Where the reference file lies. Raises MetricError or ConfigError, saying how to get it, if it is not here."""
     path = CHECKPOINTS / protocol.reference
-    if path.exists() or path.suffix:
+    if path.exists():
         return path
+    if path.suffix:
+        raise MetricError(
+            f"there is no reference file {path}: make it with `evodiff stats build {protocol.dataset} --protocol "
+            f"{protocol.name}`, or set protocol.reference to another"
+        )
     from evodiff.checkpoints import require
 
     return require(protocol.reference)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evodiff.compat import import_torchvision
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
@@ -33,15 +34,15 @@ def latent(
 
     `half`: float16 on CUDA. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
     """
+    import_torchvision()  # diffusers' models import it, and beside a CPU build of torch it fails without this
     try:
         from diffusers import DiffusionPipeline
     except ImportError as e:
         raise ConfigError(
             "latent models need the package diffusers. Install it: pip install 'evodiff[diffusers]'."
         ) from e
-    dtype = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(pipeline), torch_dtype=dtype, safety_checker=None)
+        pipe = DiffusionPipeline.from_pretrained(str(pipeline), safety_checker=None)
     except (OSError, ValueError, ImportError, TypeError) as e:
         raise ConfigError(
             f"model.pipeline={pipeline} cannot be read by diffusers ({' '.join(str(e).split())[:200]}). "
@@ -57,7 +58,8 @@ def latent(
             f"model.prompts, a file with one prompt per line."
         )
     embeddings = embed_prompts(parts["tokenizer"], parts["text_encoder"].to(device), texts) if texts else None
-    model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, device)
+    dtype = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
+    model = from_parts(parts["unet"].to(dtype), decoder.to(dtype), parts["scheduler"], embeddings, schedule, device)
     files = _files(Path(pipeline)) | ({Path(prompts).name: sha256(Path(prompts))} if prompts is not None else {})
     return dataclasses.replace(model, files=files)
 

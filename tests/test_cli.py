@@ -1,0 +1,232 @@
+"""The command line: what a user sees when something is asked that cannot be done, and when it can."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evodiff import experiment
+from evodiff.models.pretrained import Pretrained
+from evodiff.paths import ROOT
+
+MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("shard-*.npz"))}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["solver=heun", "nfe=10", "denoise_final=true"], "Heun cannot spend exactly nfe=10 (denoise_final=True). "
+                                                          "Nearest: nfe=9 or 11."),
+        (["solver=heun", "nfe=1"], "Nearest: nfe=2"),
+        (["solver=evodif"], "solver=evodif does not exist. Did you mean evodiff?"),
+        (["model=mnist"], "model=mnist does not exist. Did you mean mnist_tiny?"),
+        (["nfee=5"], "Did you mean nfe?"),
+        (["nfe=0"], "nfe=0 is impossible: expected a number of network evaluations, at least 1."),
+        (["nfe=ten"], "nfe=ten is impossible"),
+        (["seeds=-4"], "seeds=-4 is no range of seeds"),
+        (["seeds=9-3"], "seeds=9-3 is empty"),
+        (["noise=loud"], "noise=loud does not exist; possible: seeded, legacy"),
+        (["batch=0"], "batch=0 is impossible"),
+        (["device=abacus"], "device=abacus is not available here"),
+        (["solver=dpmpp_2m", "solver.order=4"], "order=4 does not exist; possible: 1, 2, 3"),
+        (["t_end=90"], "must be above t_end"),
+        (["grid=file", "grid.path=nowhere.json"], "grid file nowhere.json"),
+        (["solver=probability_flow", "nfe=10"], "chooses its own steps"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(evodiff_command, results, overrides, message):
+    given = {o.split("=")[0] for o in overrides}
+    code, out, err = evodiff_command("run", *[o for o in MIXTURE if o.split("=")[0] not in given], *overrides)
+    assert code == 1
+    assert message in err
+    assert err.startswith("evodiff: ")
+    assert err.count("\n") == 1, err
+    assert out == ""
+    assert files(results) == []
+
+
+def test_an_unknown_command_names_the_nearest(evodiff_command):
+    code, _, err = evodiff_command("smaple")
+    assert code == 1
+    assert "Did you mean sample?" in err
+
+
+def test_a_run_is_sampled_scored_and_then_left_alone(evodiff_command, results):
+    code, out, _ = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
+    assert code == 0
+    assert "nfe 5" in out
+    folder = next((results / "runs" / "mixture").iterdir())
+    assert {"run.yaml", "manifest.json", "score.json", "grid.png"} <= set(files(folder))
+    before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
+    assert evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")[1] == out
+    assert {name: (folder / name).stat().st_mtime_ns for name in files(folder)} == before
+
+
+def test_the_record_repeats_the_run(evodiff_command, results):
+    evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
+    folder = next((results / "runs" / "mixture").iterdir())
+    record = json.loads((folder / "score.json").read_text())
+    assert record["nfe"] == 5
+    assert record["images"] == 8
+    assert set(record["shards"]) == {"shard-000000.npz", "shard-000004.npz"}
+    assert experiment.Run(**record["run"]).key() == folder.name == record["key"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_batch_size_does_not_change_the_images(evodiff_command, results, tmp_path, batch):
+    common = [o for o in MIXTURE if not o.startswith("batch")]
+    evodiff_command("sample", *common, "solver=evodiff", "nfe=6", "batch=2")
+    folder = next((results / "runs" / "mixture").iterdir())
+    first = [np.load(path)["images"] for path in sorted(folder.glob("shard-*"))]
+    shutil.rmtree(folder)
+    evodiff_command("sample", *common, "solver=evodiff", "nfe=6", f"batch={batch}")
+    again = [np.load(path)["images"] for path in sorted(folder.glob("shard-*"))]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_sweep_runs_every_combination(evodiff_command, results):
+    code, out, _ = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodiff", "nfe=5,6")
+    assert code == 0
+    assert [line.split()[0].rpartition("-")[0] for line in out.splitlines()] == [
+        "mixture/ddim-nfe5", "mixture/ddim-nfe6", "mixture/evodiff-nfe5", "mixture/evodiff-nfe6",
+    ]  # fmt: skip
+
+
+def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
+    code, out, err = evodiff_command("run", "-m", *MIXTURE, "solver=heun,ddim", "nfe=5")
+    assert code == 1
+    assert "Heun cannot spend exactly nfe=5" in err
+    assert "1 runs of the sweep failed" in err
+    assert out.startswith("mixture/ddim-nfe5")
+
+
+def test_a_typo_in_a_sweep_is_found_before_the_first_run(evodiff_command, results):
+    code, _, err = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodif", "nfe=5")
+    assert code == 1
+    assert "Did you mean evodiff?" in err
+    assert files(results) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_a_damaged_shard_is_refused_by_score_and_redone_by_run(evodiff_command, results, damage):
+    run = ["run", *MIXTURE, "solver=ddim", "nfe=5"]
+    evodiff_command(*run)
+    before = shards(results)
+    first, second = sorted(results.rglob("shard-*.npz"))
+    second.write_bytes(first.read_bytes() if damage == "foreign" else second.read_bytes()[:100])
+    code, _, err = evodiff_command("score", *run[1:])
+    assert code == 1
+    assert "shard-000004.npz" in err
+    assert err.count("\n") == 1
+    code, _, err = evodiff_command(*run)
+    assert code == 0
+    assert "shard-000004.npz is damaged" in err
+    with np.load(second) as redone:
+        assert redone["seeds"].tolist() == [4, 5, 6, 7]
+    assert shards(results) == before
+
+
+def test_another_runs_folder_is_refused(evodiff_command, results):
+    evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
+    folder = next((results / "runs" / "mixture").iterdir())
+    evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=6")
+    other = next(p for p in (results / "runs" / "mixture").iterdir() if p != folder)
+    kept = other.with_name("kept")
+    other.rename(kept)
+    folder.rename(other)
+    before = shards(other)
+    code, _, err = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=6")
+    assert code == 1
+    assert "holds another run: nfe differ" in err
+    assert shards(other) == before
+
+
+def test_nan_from_the_network_names_the_seeds_and_keeps_nothing(evodiff_command, results, monkeypatch):
+    build = experiment.build
+
+    def broken(config, **kwargs):
+        model = build(config, **kwargs)
+        if not isinstance(model, Pretrained):
+            return model
+
+        class NaN:
+            schedule = model.denoiser(None).schedule
+
+            def __call__(self, x, node):
+                return x * float("nan")
+
+        return Pretrained(lambda labels: NaN(), shape=model.shape)
+
+    monkeypatch.setattr(experiment, "build", broken)
+    code, _, err = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
+    assert code == 1
+    assert "4 of 4 images are not finite (seeds 0, 1, 2, 3)" in err
+    assert shards(results) == {}
+
+
+def test_scoring_before_sampling_says_what_to_do(evodiff_command, results):
+    code, _, err = evodiff_command("score", *MIXTURE, "solver=ddim", "nfe=5")
+    assert code == 1
+    assert "lacks 8 of 8 images" in err
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from evodiff import commands, experiment, report
+from evodiff.cli import main
+from evodiff.store import SampleStore
+
+for module in (commands, experiment, report):
+    module.RESULTS = Path(sys.argv[1])
+write = SampleStore.write
+def write_then_die(self, *args, **kwargs):
+    write(self, *args, **kwargs)
+    os.kill(os.getpid(), 9)
+SampleStore.write = write_then_die
+main(["sample", *sys.argv[2:]])
+"""
+
+
+def test_killed_and_resumed_gives_the_same_bytes(evodiff_command, results, tmp_path_factory, monkeypatch):
+    run = [*MIXTURE, "solver=evodiff", "nfe=5"]
+    evodiff_command("sample", *run)
+    whole = shards(results)
+    elsewhere = tmp_path_factory.mktemp("killed")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(elsewhere), *run], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(shards(elsewhere)) == 1
+    monkeypatch.setattr(experiment, "RESULTS", elsewhere)
+    assert evodiff_command("sample", *run)[0] == 0
+    assert shards(elsewhere) == whole
+
+
+def test_the_installed_command_and_the_script_are_the_same():
+    env = os.environ | {"COLUMNS": "120"}
+    outs = [
+        subprocess.run([sys.executable, *start, "nfee=1"], capture_output=True, text=True, env=env, cwd=ROOT)
+        for start in (["-m", "evodiff.cli", "run"], ["scripts/run.py"])
+    ]
+    assert outs[0].returncode == outs[1].returncode == 1
+    assert outs[0].stderr == outs[1].stderr
+
+
+def test_importing_and_help_load_nothing_heavy():
+    """No torch, no hydra: help comes at once."""
+    code = "import sys, evodiff, evodiff.cli; evodiff.cli.main(['--help']); print({'torch', 'hydra', 'numpy'} & {*sys.modules})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("set()\n")
+    assert "usage: evodiff COMMAND" in out
