@@ -5,7 +5,6 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -47,7 +46,7 @@ def _compose(root: str, overrides: tuple[str, ...]) -> DictConfig:
 def named(cfg: DictConfig, choices: Any) -> DictConfig:
     """The configuration without Hydra's own part, with the chosen file of each group as its `name`."""
     OmegaConf.set_readonly(cfg, False)
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     if missing := sorted(OmegaConf.missing_keys(own)):
         raise ConfigError(f"{', '.join(missing)} must be given, for it has no default. Add {missing[0]}=...")
     try:
@@ -63,7 +62,7 @@ def named(cfg: DictConfig, choices: Any) -> DictConfig:
 
 def build(config: Any, *args: Any, **kwargs: Any) -> Any:
     """What a configuration's `_target_` makes of its fields. Raises ConfigError."""
-    fields = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
+    fields: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
     name = fields.pop("name", fields.get("_target_"))
     try:
         return hydra.utils.instantiate(fields, *args, _convert_="all", **kwargs)
@@ -161,4 +160,4 @@ def _fields(root: str, overrides: Sequence[str], group: str) -> set[str]:
     path = CONFIGS / group / f"{choice}.yaml"
     if not path.exists():
         return _keys(root)
-    return {f"{group}.{key}" for key in OmegaConf.load(Path(path)) if key != "_target_"}
+    return {f"{group}.{key!s}" for key in OmegaConf.load(path) if key != "_target_"}

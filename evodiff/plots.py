@@ -110,3 +110,13 @@ def _save(figure: plt.Figure, path: Path, close: bool = True) -> None:
         figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     if close:
         plt.close(figure)
+
+
+def save_loss_curve(path: Path, log: Sequence[tuple[float, float]], xlabel: str) -> None:
+    """Training loss, logarithmic, over images or epochs seen."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    axis.plot(*zip(*log, strict=True), color=COLOURS[0], lw=1.2)
+    axis.set(xlabel=xlabel, ylabel="training loss", yscale="log")
+    axis.grid(True, which="both", alpha=0.25)
+    figure.tight_layout()
+    _save(figure, path)

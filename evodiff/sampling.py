@@ -81,7 +81,8 @@ def generate(
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise SamplingError(
-            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): the network returned NaN or inf, or the "
-            f"solver diverged. Nothing of this batch was kept; check the checkpoint, or try another precision or solver."
+            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): the network returned NaN or inf, or "
+            f"the solver diverged. Nothing of this batch was kept; check the checkpoint, or try another precision or "
+            f"solver."
         )
     return Generated(tuple(seeds), x, to_uint8(decode(x) if decode else x, rounding), counting.nfe)

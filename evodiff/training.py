@@ -20,6 +20,7 @@ from evodiff.data import mnist_digits
 from evodiff.files import whole_file
 from evodiff.models.networks.digit_classifier import DigitClassifier
 from evodiff.models.networks.tiny import tiny_denoiser
+from evodiff.plots import save_loss_curve
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _write_log(folder: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    save_loss_curve(folder / "loss.png", [row[:2] for row in rows], xlabel=header[0])
     with whole_file(folder / "loss.csv") as temporary, temporary.open("w", newline="") as f:
         csv.writer(f).writerows([header, *rows])
 

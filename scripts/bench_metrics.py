@@ -1,5 +1,5 @@
 """Time and memory of the metrics, beside pytorch-fid's and torch-fidelity's on the same inputs:
-`python scripts/bench_metrics.py [--quick]` writes results/bench/metrics.json and .md.
+`python scripts/bench_metrics.py` writes results/bench/metrics.json and .md.
 
 Times are the best of several calls in one process. Memory peaks are those of a process of its own, less what it held
 before the measured call.
@@ -33,26 +33,29 @@ from evodiff.verify.metrics import write_random_inception
 DIM, CLASSES = 2048, 1008
 
 
-def main(quick: bool) -> None:
-    n = 5_000 if quick else 50_000
-    found = {
-        "machine": {
-            "cpu": _cpu(),
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "frechet_distance": _frechet(),
-        "extraction": _extraction(),
-        "features": {"n": n, **{name: _apart(name, n) for name in JOBS}},
-    }
+def main(parts: list[str], n: int) -> None:
+    """Measure the named parts, each into the record as soon as it is there; the others stay as they were recorded."""
     folder = RESULTS / "bench"
-    with whole_file(folder / "metrics.json") as path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    with whole_file(folder / "metrics.md") as path:
-        path.write_text(_markdown(found))
+    record = folder / "metrics.json"
+    found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    for part in parts:
+        name, measure = PARTS[part]
+        found[name] = {"machine": _machine(), **measure(n)}
+        with whole_file(record) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        with whole_file(folder / "metrics.md") as path:
+            path.write_text(_markdown(found))
     print((folder / "metrics.md").read_text())
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _cpu() -> str:
@@ -66,10 +69,11 @@ def _best(call: Callable[[], Any], repeats: int) -> dict[str, float]:
     walls, processor = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
-        call()
+        value = call()
         walls.append(time.perf_counter() - wall)
         processor.append(time.process_time() - cpu)
-    return {"seconds": min(walls), "cpu_seconds": min(processor)}
+    found = {"seconds": min(walls), "cpu_seconds": min(processor)}
+    return {**found, "value": value} if isinstance(value, float) else found
 
 
 def _features(n: int, seed: int) -> Tensor:
@@ -83,7 +87,7 @@ def _features(n: int, seed: int) -> Tensor:
     return out
 
 
-def _frechet() -> dict[str, Any]:
+def _frechet(n: int) -> dict[str, Any]:
     import_torchvision()
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_statistics_to_metric
@@ -103,14 +107,14 @@ def _frechet() -> dict[str, Any]:
     frechet_distance(fake, real)
     rows = {
         "ours, reference factored before": (lambda: frechet_distance(fake, real), 5),
-        "ours, nothing prepared": (ours_cold, 5),
+        "ours, nothing prepared": (ours_cold, 4),
         "torch-fidelity": (torch_fidelity, 2),
         "pytorch-fid": (pytorch_fid, 2),
     }
-    return {name: {**_best(call, repeats), "value": call()} for name, (call, repeats) in rows.items()}
+    return {name: _best(call, repeats) for name, (call, repeats) in rows.items()}
 
 
-def _extraction(batch: int = 32) -> dict[str, dict[str, float]]:
+def _extraction(n: int, batch: int = 32) -> dict[str, Any]:
     """Images per second through Inception, 32x32, without reading files."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -164,22 +168,23 @@ JOBS: dict[str, Callable[[int], Callable[[], Any]]] = {
 }
 
 
-def _apart(name: str, n: int) -> dict[str, float]:
-    """Seconds and peak memory of one job in a fresh process."""
+def _jobs(n: int) -> dict[str, Any]:
+    """Seconds and peak memory of each job, in a fresh process."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_measure, (name, n))
+    found: dict[str, Any] = {"n": n}
+    for name in JOBS:
+        with context.Pool(1) as pool:
+            found[name] = pool.apply(_measure, (name, n))
+    return found
 
 
 def _measure(name: str, n: int) -> dict[str, float]:
     call = JOBS[name](n)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     held = _memory("VmRSS")
-    start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
+    found = _best(call, 1)
     peak = _memory("VmHWM")
-    return {"seconds": seconds, "peak_gb": peak, "above_inputs_gb": peak - held}
+    return {**found, "peak_gb": peak, "above_inputs_gb": peak - held}
 
 
 def _memory(field: str) -> float:
@@ -188,39 +193,52 @@ def _memory(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e9
 
 
+PARTS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "frechet": ("frechet_distance", _frechet),
+    "extraction": ("extraction", _extraction),
+    "features": ("features", _jobs),
+}
+
+
 def _markdown(found: dict[str, Any]) -> str:
-    machine, distances, images = found["machine"], found["frechet_distance"], found["extraction"]
-    base = distances["ours, nothing prepared"]
     lines = [
         "# Metrics: time and memory",
         "",
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; `make bench-metrics`. The load, "
-        f"this and other work, was {machine['load']:.1f}: where others compete, processor seconds tell more.",
-        "",
-        f"## Fréchet distance of {DIM} dimensions",
-        "",
-        "| | seconds | processor seconds | times ours, nothing prepared | value |",
-        "|---|---:|---:|---:|---:|",
+        "`make bench-metrics`. Where other work competes (load above the number of",
     ]
-    for name, row in distances.items():
-        times = " / ".join(f"{row[k] / base[k]:.1f}" for k in ("seconds", "cpu_seconds"))
-        lines.append(f"| {name} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {times} | {row['value']:.9g} |")
-    lines += ["", "## Inception features, images a second", "", "| | wall | processor |", "|---|---:|---:|"]
-    lines += [f"| {name} | {rate['wall']:.1f} | {rate['cpu']:.1f} |" for name, rate in images.items()]
-    lines += [
-        "",
-        f"## {found['features']['n']:,} features of {DIM} dimensions",
-        "",
-        "| | seconds | peak memory of the process, GB | above its inputs, GB |",
-        "|---|---:|---:|---:|",
-    ]
-    for name in JOBS:
-        row = found["features"][name]
-        lines.append(f"| {name} | {row['seconds']:.1f} | {row['peak_gb']:.2f} | {row['above_inputs_gb']:.2f} |")
-    return "\n".join(lines) + "\n"
+    lines += ["threads), processor seconds tell more than wall seconds.", ""]
+    if rows := dict(found.get("frechet_distance", {})):
+        lines += [f"## Fréchet distance of {DIM} dimensions", "", _on(rows.pop("machine")), ""]
+        lines += ["| | seconds | processor seconds | times `nothing prepared` | value |", "|---|---:|---:|---:|---:|"]
+        base = rows["ours, nothing prepared"]
+        for name, row in rows.items():
+            times = " / ".join(f"{row[k] / base[k]:.1f}" for k in ("seconds", "cpu_seconds"))
+            lines.append(f"| {name} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {times} | {row['value']:.9g} |")
+        lines.append("")
+    if rows := dict(found.get("extraction", {})):
+        lines += ["## Inception features of 32x32 images, images a second", "", _on(rows.pop("machine")), ""]
+        lines += ["| | by the clock | per processor second |", "|---|---:|---:|"]
+        lines += [f"| {name} | {rate['wall']:.1f} | {rate['cpu']:.1f} |" for name, rate in rows.items()]
+        lines.append("")
+    if rows := dict(found.get("features", {})):
+        lines += [f"## {rows['n']:,} features of {DIM} dimensions", "", _on(rows["machine"]), ""]
+        lines += ["| | seconds | processor seconds | peak of the process, GB | above its inputs, GB |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for name in JOBS:
+            row = rows[name]
+            memory = f"{row['peak_gb']:.2f} | {row['above_inputs_gb']:.2f}"
+            lines.append(f"| {name} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {memory} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _on(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']}, torch {machine['torch']}."
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="5,000 features instead of 50,000")
-    main(parser.parse_args().quick)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("-n", type=int, default=50_000, help="features in the part `features`")
+    args = parser.parse_args()
+    main(args.parts or list(PARTS), args.n)

@@ -41,7 +41,12 @@ def main() -> None:
     states = sampled()
     found = {
         "protocol": protocol("mnist").describe(),
-        "samples": {"model": "mnist_tiny", "solver": "DPM-Solver++ (2M)", "nfe": NFE, "seeds": [0, N - 1]},
+        "samples": {
+            "model": dict(mnist_tiny().files),
+            "solver": "DPM-Solver++ (2M)",
+            "nfe": NFE,
+            "seeds": [0, N - 1],
+        },
         "noise_floor": reference_of(protocol("mnist")).provenance["noise_floor"],
         "rounding": rounding(states),
         "resize": resizing(real),
@@ -170,7 +175,7 @@ def markdown(found: dict[str, Any]) -> str:
     floor = found["noise_floor"]
     lines = [
         "",
-        f"All distances are `fd_mnist` (protocol hash {found['protocol']['hash']}). Two random halves of the real "
+        f"All distances are `fd_mnist` (protocol hash {found['protocol']['hash']}). Two random halves of the real",
         f"digits are {floor['distance']:.2f} apart ({floor['n']:,} against {floor['n']:,}): that is the scale.",
         "",
         f"**Rounding against truncation**, {samples}:",
@@ -180,9 +185,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"| `round` (EDM) | {r['round']:.3f} |",
         f"| `truncate` (score_sde, ADM, EVODiff scripts) | {r['truncate']:.3f} |",
         "",
-        f"Truncated images are {-r['grey_levels']:.2f} grey levels darker on average (pixels that saturate at "
-        f"0 or 255 do not change). Over five disjoint sets of 1,000 the difference truncate - round is "
-        f"{r['difference_at_1000']:+.3f} ± {r['difference_at_1000_se']:.3f}; the two sets are "
+        f"Truncated images are {-r['grey_levels']:.2f} grey levels darker on average (pixels that saturate at 0 or 255",
+        "do not change). Over five disjoint sets of 1,000 the difference truncate - round is",
+        f"{r['difference_at_1000']:+.3f} ± {r['difference_at_1000_se']:.3f}; the two sets are",
         f"{r['between_the_two']:.4f} apart.",
         "",
         "**Resize kernel**: the real digits, enlarged to 64x64 and brought back to 32x32 by each kernel; distance",
@@ -202,9 +207,8 @@ def markdown(found: dict[str, Any]) -> str:
         + ", ".join(f"{v:.3f} at quality {q}" for q, v in found["jpeg"].items())
         + ".",
         "",
-        "**Batch size**, change of the distance against batches of 250: "
-        + ", ".join(f"{v:+.1e} at {b}" for b, v in found["batch"].items())
-        + ".",
+        "**Batch size**, change of the distance against batches of 250:",
+        "" + ", ".join(f"{v:.0e} at {b}" for b, v in found["batch"].items()) + ".",
         "",
         "**Arithmetic on the same features**: "
         + "; ".join(f"{name} {v:+.1e}" for name, v in found["arithmetic"].items())

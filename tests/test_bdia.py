@@ -5,7 +5,7 @@ import torch
 from exact import SHORT_EDM, VP, gaussian, grid, mixture, order, start
 
 from evodiff.denoiser import Counting
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.sampling import integrate
 from evodiff.solvers.bdia import BDIA, Inversion
 from evodiff.solvers.ddim import DDIM
@@ -69,6 +69,12 @@ def test_second_step_by_hand():
 def test_order(gamma, expected):
     for schedule in (SHORT_EDM, VP):
         assert order(BDIA(gamma), 320, schedule) == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("solver", [BDIA(pair=True), Inversion(BDIA())])
+def test_one_state_where_two_are_needed_is_refused(solver):
+    with pytest.raises(SamplingError, match=r"\[2, B, C, H, W\], not \(2, 1, 2, 2\)"):
+        integrate(solver, gaussian(), start(batch=2), grid(4))
 
 
 def test_inversion_spends_one_evaluation_less_than_steps():

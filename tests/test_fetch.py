@@ -236,6 +236,13 @@ def test_a_wrong_file_is_refused_and_the_next_mirror_tried(entry, server, fields
     assert left(path) == []
 
 
+def test_a_file_of_another_size_is_not_even_begun(entry, server):
+    entry("/a", bytes=len(CONTENT) + 1)
+    server.replies["/a"] = [{}]
+    with pytest.raises(CheckpointError, match="another file, of 524,288 bytes; expected 524,289"):
+        fetch("thing", advance=lambda done, total: pytest.fail("downloaded"))
+
+
 def test_the_first_digits_of_a_hash_are_enough(entry, server):
     path = entry("/a", "/b", sha256=SHA[:8])
     server.replies["/a"] = [{"content": CONTENT[::-1]}]
@@ -263,13 +270,29 @@ def test_nobody_answers(entry, server):
         fetch("thing")
 
 
-@pytest.mark.parametrize("reply", [{"type": "text/html; charset=utf-8"}, {}])
+@pytest.mark.parametrize(
+    "reply",
+    [{"type": "text/html; charset=utf-8", "content": b"Quota exceeded"}, {"content": b"\n<!DOCTYPE html><html>"}],
+)
 def test_a_web_page_is_not_taken_for_the_file(entry, server, reply):
     path = entry("/a")
-    server.replies["/a"] = [{**reply, "content": b"<!DOCTYPE html><html>Sign in</html>"}]
+    server.replies["/a"] = [reply]
     with pytest.raises(CheckpointError, match="web page"):
         fetch("thing")
     assert not path.exists()
+
+
+def test_one_dead_link_does_not_stop_the_others(entry, server, capsys):
+    path = entry("/a")
+    manifest = json.loads(registry.MANIFEST.read_text())
+    manifest = {"dead": {**manifest["thing"], "urls": [server.url("/gone")]}, **manifest}
+    registry.MANIFEST.write_text(json.dumps(manifest))
+    registry._read.cache_clear()
+    server.replies["/a"] = [{}]
+    assert main(["fetch", "dead", "thing"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 files could not be fetched: dead" in said.err and "thing:" in said.out
+    assert path.read_bytes() == CONTENT
 
 
 def test_drive_links_become_direct_ones(entry, server, monkeypatch):

@@ -84,10 +84,11 @@ def test_batches_do_not_change_the_grid():
 
 
 def test_the_command_writes_a_grid_file_for_any_solver(tmp_path, evodiff_command):
-    from evodiff.gits import main
-
     out = tmp_path / "grids.json"
-    assert main(["model=mixture", "samples=8", "fine=20", "steps=3-5", f"out={out}", "device=cpu"]) == 0
+    code, text, err = evodiff_command(
+        "gits", "model=mixture", "samples=8", "fine=20", "steps=3-5", f"out={out}", "device=cpu"
+    )
+    assert code == 0 and f"grid.path={out}" in text, err
     assert list(json.loads(out.read_text())) == ["3", "4", "5"]
     times = FromFile(str(out)).times(4, EDM(), 80.0, 0.002)
     assert times[0] == 80 and times[-1] == pytest.approx(0.002) and len(times) == 5

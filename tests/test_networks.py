@@ -10,9 +10,10 @@ import torch
 
 from evodiff.errors import ConfigError
 from evodiff.models.networks import build
-from evodiff.models.networks.adm import Norm
+from evodiff.models.networks.adm_blocks import Norm
 from evodiff.models.networks.functional import attention, fir_down, fir_kernel, fir_up, sinusoids
 from evodiff.verify import networks
+from evodiff.verify.recorded import architecture_of, network_of
 
 MANIFESTS = json.loads(Path(__file__).with_name("golden").joinpath("network_manifests.json").read_text())
 GOLDENS = sorted(networks.GOLDEN.glob("*.json"))
@@ -22,7 +23,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "reference"
 def network(description):
     with torch.device("meta"):
         config = dict(description["constructor_kwargs"], class_name=description["cls"].rsplit(".", 1)[-1])
-        architecture = networks.architecture_of(description["cls"])
+        architecture = architecture_of(description["cls"])
         if architecture != "edm":
             del config["class_name"]
         return build(architecture, config)
@@ -62,7 +63,7 @@ def as_full_size(source, folder, spoil=None):
     x = np.random.Generator(np.random.PCG64(0)).standard_normal((1, 3, 16, 16), dtype=np.float32)
     arrays = {"t": np.float32([321.5]), "x_slice": x[:, :, :8, :8]}
     with torch.no_grad():
-        net = networks.network_of(description)
+        net = network_of(description)
         eps = net(torch.from_numpy(x), torch.tensor([321.5])).double().numpy()
     arrays |= {"eps_slice": eps[:, :, :8, :8].astype(np.float32), "eps_mean": eps.mean(), "eps_std": eps.std()}
     arrays["eps_l2"] = np.linalg.norm(eps)

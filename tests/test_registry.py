@@ -155,6 +155,7 @@ def configs(tmp_path, monkeypatch):
     files = {
         "run": {"defaults": ["_self_", {"model": "small"}, {"protocol": "none"}, {"guidance": "none"}]},
         "model/small": {"_target_": "evodiff.models.small"},
+        "model/inception": {"_target_": "evodiff.models.large", "classifier": "celeba64_ddim"},
         "model/large": {"_target_": "evodiff.models.large", "checkpoint": "imagenet256_adm_uncond"},
         "guidance/classifier": {"_target_": "x", "classifier": {"weights": "imagenet256_adm_classifier"}},
         "protocol/none": {},
@@ -189,6 +190,7 @@ def test_what_a_table_needs(configs):
     assert needs.of_table("guided") == (GUIDED, [])
     assert needs.of("guided") == GUIDED
     assert needs.of("large") == ["imagenet256_adm_uncond"]
+    assert needs.of("inception") == ["celeba64_ddim", "inception"]  # a name of the registry and of a model
     entries, made = needs.of_table("mine")
     assert entries == ["inception"] and [path.name for path in made] == ["a.npz"]
     assert needs.of_table("free") == ([], [])

@@ -8,8 +8,9 @@ from exact import SHORT_EDM, VP, exact_flow, gaussian, grid, mixture, order, sta
 
 from evodiff.denoiser import Counting
 from evodiff.errors import ConfigError
-from evodiff.grid import NSR, LogSNR, grid_for
+from evodiff.grid import NSR, LogSNR, Step, grid_for
 from evodiff.sampling import integrate
+from evodiff.solvers.base import Past
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.ipndm import IPNDM
 from evodiff.solvers.scire import SciREMultistep, SciRESinglestep, phi_1
@@ -50,6 +51,39 @@ def test_singlestep_2_is_the_formula():
     x_m = x + h / 2 * eps
     eps_m = (x_m - model(x_m, middle)) / middle.kappa
     torch.testing.assert_close(a, x + h * eps + h / (2 * (2 / 3) * 0.5) * (eps_m - eps), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_singlestep_3_is_the_formula(m):
+    g, x, model, phi = grid(1), start(shape=(2, 3, 3)), mixture(), phi_1(m)
+    s, t = g.nodes
+    h = t.kappa - s.kappa
+
+    def eps(x, kappa):
+        return (x - model(x, SHORT_EDM.node(kappa))) / kappa
+
+    e_0 = eps(x, s.kappa)
+    e_1 = eps(x + h / 3 * e_0, s.kappa + h / 3)
+    e_2 = eps(x + 2 / 3 * h * e_0 + h / phi * (e_1 - e_0), s.kappa + 2 / 3 * h)
+    expected = x + h * e_0 + h / (2 * phi * (2 / 3)) * (e_2 - e_0)
+    out = integrate(SciRESinglestep(order=3, m=m), model, x, g)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_multistep_3_is_the_released_formula(m):
+    g, phi = grid(6), phi_1(m)
+    step = Step(g, 3)
+    k = [node.kappa for node in g.nodes[:5]]
+    e = [torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    x = start(shape=(2, 3, 3))[:1]
+    past = tuple(Past(g.nodes[i], x, e[i]) for i in (1, 2, 3))
+    h = k[4] - k[3]
+    r0, r1 = phi * (k[3] - k[2]) / h, phi / (1 + phi) * (k[2] - k[1]) / (k[3] - k[2])
+    D1, D2 = e[3] - e[2], e[3] - 2 * e[2] + e[1]
+    expected = x + h * e[3] + 0.5 / (r0 * phi) * h * D1 + h / 6 / (r0 * phi) / (r1 * phi) * D2
+    out = SciREMultistep(order=3, m=m, lower_order_final=False).predict(step, past)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_first_order_steps_are_ddim():

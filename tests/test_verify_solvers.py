@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from evodiff.cli import main
-from evodiff.verify import solvers as verify
 from evodiff.solvers.dpmpp import DPMSolverPP
+from evodiff.verify import solvers as verify
 
 
 @pytest.fixture(scope="module")

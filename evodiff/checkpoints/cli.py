@@ -11,7 +11,7 @@ from evodiff.checkpoints import needs
 from evodiff.checkpoints.fetch import Advance, fetch
 from evodiff.checkpoints.integrity import differs_from_report
 from evodiff.checkpoints.registry import KINDS, Entry, cache_folder, find, registry
-from evodiff.errors import ConfigError
+from evodiff.errors import CheckpointError, ConfigError, EvodiffError
 
 
 def fetch_main(argv: list[str]) -> int:
@@ -36,13 +36,23 @@ def fetch_main(argv: list[str]) -> int:
         raise ConfigError("--from gives one file: name the one entry it is for.")
     if args.source:
         names = [find(args.name[0]).name]
+    failed = []
     for name in names:
-        with _progress(name) as advance:
-            path = fetch(name, args.source, advance)
+        try:
+            with _progress(name) as advance:
+                path = fetch(name, args.source, advance)
+        except EvodiffError as e:  # one dead link does not stop the others
+            if len(names) == 1:
+                raise
+            print(f"evodiff: {e}", file=sys.stderr)
+            failed.append(name)
+            continue
         remark = differs_from_report(find(name), path)
         if remark:
             print(f"evodiff: {remark}", file=sys.stderr)
         print(f"{name}: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if failed:
+        raise CheckpointError(f"{len(failed)} of {len(names)} files could not be fetched: {', '.join(failed)}.")
     if not names:
         print("nothing to fetch: it needs no files from elsewhere")
     return 0

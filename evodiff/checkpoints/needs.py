@@ -29,12 +29,10 @@ def of_table(name: str) -> tuple[list[str], list[Path]]:
 
 
 def of(name: str) -> list[str]:
-    """Entries to fetch for a name of the registry, of a model, or of a table. Raises ConfigError for any other."""
-    if name in registry():
-        return _entries([name])
+    """Entries to fetch for a name of the registry or of a model, or else of a table. Raises ConfigError."""
     model = _read("model", name)
-    if model is not None:
-        return _entries(_strings(model))
+    if name in registry() or model is not None:  # often both: a model's weights, and what its configuration adds
+        return _entries({name, *_strings(model)})
     if name in tables():
         return of_table(name)[0]
     find(name)  # raises, naming the nearest

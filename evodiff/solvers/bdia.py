@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Solver, State
@@ -53,6 +53,7 @@ class BDIA(Solver):
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, before: State) -> tuple[Tensor, State]:
         if self.pair:
+            check_pair(x)
             return (self.advance(denoise, x, step) if step.i else x), before
         if before is None:
             return ddim(x, denoise(x, step.s), step.s, step.t), x
@@ -106,5 +107,13 @@ class Inversion(Solver):
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         assert isinstance(self.of, BDIA)
+        check_pair(x)
         undone = Step(step.grid, len(step.grid) - 1 - step.i)
         return (self.of.retreat(denoise, x, undone) if undone.i else x), state
+
+
+def check_pair(x: Tensor) -> None:
+    if x.ndim != 5 or len(x) != 2:
+        raise SamplingError(
+            f"BDIA: two states in a row are needed, [2, B, C, H, W], not {tuple(x.shape)}; from noise set pair=false"
+        )

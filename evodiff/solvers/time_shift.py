@@ -84,7 +84,7 @@ class TimeShift(Solver):
         now, after = CLOCK.t_at(step.s.lam), CLOCK.t_at(step.t.lam)
         if now <= self.cutoff:
             return [step.s] * len(x)
-        half = round(self.window * TIMESTEPS)
+        half = round(self.window * TIMESTEPS / 2)
         times = [now + k / TIMESTEPS for k in range(-half, half + 1)]
         times = [t for t in times if after < t <= CLOCK.t_start] or [now]
         clock = [CLOCK.node(t) for t in times]
