@@ -112,6 +112,7 @@ class Run:
             t_start=self.t_start,
             t_end=self.t_end,
         )
+        solver.check(grid, model.shape)
         return solver, grid
 
 
@@ -251,6 +252,7 @@ class Record:
     protocol: dict[str, Any] | None
     metrics: dict[str, float]
     nfe: int
+    network_passes: int
     images: int
     seconds: float
     weights: dict[str, str]
@@ -288,12 +290,14 @@ def score_run(job: Job, run: Run | None = None) -> Record:
     if reference:
         metrics[f"rmse@{len(run.seed_range)}"] = rmse(store, store_of(job, reference))
     metrics[f"contrast@{len(run.seed_range)}"] = contrast(store)
+    nfe = max(shard.nfe for shard in store.shards)
     record = Record(
         key=run.key(),
         run=run.as_dict(),
         protocol=protocol,
         metrics=metrics,
-        nfe=max(shard.nfe for shard in store.shards),
+        nfe=nfe,
+        network_passes=nfe * build(run.guidance).network_passes,
         images=len(run.seed_range),
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,

@@ -230,3 +230,12 @@ def test_importing_and_help_load_nothing_heavy():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("set()\n")
     assert "usage: evodiff COMMAND" in out
+
+
+def test_statistics_of_other_images_are_refused_before_sampling(evodiff_command, results):
+    folder = ROOT / "checkpoints/mnist_tiny/ems"
+    statistics = f"solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}"
+    code, _, err = evodiff_command("run", *MIXTURE, "solver=dpm_v3", "nfe=5", statistics)
+    assert code == 1
+    assert "statistics are of images (1, 32, 32), but the model's are (3, 8, 8)" in err
+    assert shards(results) == {}

@@ -5,6 +5,7 @@ the same twice.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
-from evodiff.grid import Spacing, Step
+from evodiff.grid import Spacing, Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.exponential import DATA, Prediction
@@ -53,6 +54,10 @@ class Solver(ABC):
     def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         """Where `steps` steps put their ends: the spacing's times, unless the method has its own way with it."""
         return spacing.times(steps, schedule, t_start, t_end)
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        """Raise ConfigError if this solver cannot run on `grid` or on images of `shape` [C, H, W]."""
+        return
 
     def init(self, noise: Noise | None) -> State:
         """The state before the first step. Raises SamplingError if a stochastic solver gets no noise."""
