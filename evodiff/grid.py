@@ -84,6 +84,11 @@ class Spacing(Protocol):
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]: ...
 
 
+def check_above_0(value: float, name: str) -> None:
+    if not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"grid: {name}={value} is impossible; possible: numbers above 0")
+
+
 @dataclass(frozen=True)
 class LogSNR:
     """Uniform in half-log-SNR (DPM-Solver, arXiv 2206.00927, section 3.1)."""
@@ -100,6 +105,9 @@ class Karras:
 
     rho: float = 7.0
 
+    def __post_init__(self) -> None:
+        check_above_0(self.rho, "rho")
+
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         a, b = (schedule.node(t).kappa ** (1 / self.rho) for t in (t_start, t_end))
         inner = [schedule.t_at(-self.rho * math.log(a + (b - a) * i / n)) for i in range(1, n)]
@@ -111,6 +119,9 @@ class TimeUniform:
     """Uniform in t^(1/power): power 1 is uniform time, 2 is DDIM's quadratic spacing (arXiv 2010.02502, D.2)."""
 
     power: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_above_0(self.power, "power")
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         a, b = t_start ** (1 / self.power), t_end ** (1 / self.power)
@@ -168,7 +179,10 @@ class Optimised:
 
 @dataclass(frozen=True)
 class FromFile:
-    """Times from a JSON file: a list of falling numbers, or a mapping from the number of steps to such a list."""
+    """Times from a JSON file: a list of falling numbers, or a mapping from the number of steps to such a list.
+
+    They must run from t_start to t_end, to three digits: a file made for another schedule is refused.
+    """
 
     path: str
 
@@ -180,15 +194,20 @@ class FromFile:
         times = content.get(str(n)) if isinstance(content, dict) else content
         if times is None:
             raise ConfigError(f"grid file {self.path} has no grid of {n} steps; it has {', '.join(content)}")
-        if not isinstance(times, list) or not all(isinstance(t, int | float) for t in times):
+        if not isinstance(times, list) or not all(type(t) in (int, float) for t in times):
             raise ConfigError(f"grid file {self.path}: expected a list of numbers")
         if len(times) != n + 1:
             raise ConfigError(f"grid file {self.path} holds {len(times) - 1} steps, but {n} are asked for")
-        if not all(a > b for a, b in zip(times, times[1:], strict=False)) or times[-1] < 0:
-            raise ConfigError(f"grid file {self.path}: the times must fall strictly and end at 0 or above: {times}")
+        if not all(a > b for a, b in zip(times, times[1:], strict=False)) or not times[-1] > 0:
+            raise ConfigError(f"grid file {self.path}: the times must fall strictly and end above 0: {times}")
         if times[0] > schedule.t_start * (1 + 1e-9):
             raise ConfigError(
                 f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}"
+            )
+        if not (math.isclose(times[0], t_start, rel_tol=0.01) and math.isclose(times[-1], t_end, rel_tol=0.01)):
+            raise ConfigError(
+                f"grid file {self.path} runs from {times[0]:g} to {times[-1]:g}, but the run from t_start={t_start:g} to "
+                f"t_end={t_end:g}: give a file of this schedule, or set t_start and t_end to the file's"
             )
         return [float(t) for t in times]
 
