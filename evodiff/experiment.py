@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import platform
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +13,35 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff.config import build, compose, essential, parse_range
+from evodiff.config import build, compose, essential, nearest, parse_range
 from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, StoreError
 from evodiff.files import whole_file
 from evodiff.grid import TimeGrid, grid_for
+from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol, from_dict
-from evodiff.metrics.score import score
+from evodiff.metrics.score import METRICS, Scorer, files_used
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import LegacyNoise, SeededNoise
 from evodiff.paths import RESULTS
-from evodiff.plots import save_grid
+from evodiff.plots import save_grid, save_pngs
 from evodiff.progress import progress
-from evodiff.sampling import generate
+from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
+from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
-from evodiff.store import SampleStore
+from evodiff.store import SampleStore, Shard
 from evodiff.tracking import Tracker
 
 NOISES = {"seeded": SeededNoise, "legacy": LegacyNoise}
 THRESHOLDS = {"none": lambda denoiser: denoiser, "clip": Clipped, "dynamic": DynamicThreshold}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 ROUNDINGS = ("round", "truncate")
+SAVES = ("shards", "png", "grid", "none")
+FEATURES_ONLY = ("grid", "none")
+"""Kinds of `save` with which shards hold features in place of images."""
+PREVIEW = 64
+"""Images in grid.png."""
+EXTRACTED_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,19 @@ class Job:
     device: str
     batch: int
     shard: int
+    save: str
+    metrics: tuple[str, ...]
     tracker: Tracker
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The metrics that are taken from features."""
+        return tuple(name for name in self.metrics if name in METRICS)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether shards hold the states before rounding, several times the size of the images."""
+        return self.reference_run is not None
 
     @classmethod
     def compose(cls, overrides: list[str]) -> "Job":
@@ -138,6 +156,7 @@ class Job:
         for key in ("batch", "shard"):
             if not isinstance(cfg[key], int) or cfg[key] < 1:
                 raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of images, at least 1.")
+        metrics = metrics_of(cfg)
         protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
         if protocol is not None and protocol.rounding != run.rounding:
             raise ConfigError(
@@ -145,14 +164,37 @@ class Job:
                 f"rounding={run.rounding}. Set rounding={protocol.rounding}, or choose another protocol."
             )
         reference_run = None
-        if cfg.reference_run is not None:
+        if cfg.reference_run is not None and not AGAINST_REFERENCE.keys().isdisjoint(metrics):
             solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
             kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
             reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
-        return cls(run, protocol, reference_run, device_for(cfg.device), cfg.batch, cfg.shard, build(cfg.tracker))
+        device = device_for(cfg.device)
+        tracker = build(cfg.tracker)
+        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.save, metrics, tracker)
 
     def with_nfe(self, nfe: int) -> "Job":
         return replace(self, run=replace(self.run, nfe=nfe))
+
+
+def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
+    """The metrics asked for. Raises ConfigError for unknown ones, and for those that need what `save` does not keep."""
+    if cfg.save not in SAVES:
+        raise ConfigError(
+            f"save={cfg.save} does not exist.{nearest(str(cfg.save), SAVES)} Possible: {', '.join(SAVES)}."
+        )
+    known = [*METRICS, *AGAINST_REFERENCE, *OF_IMAGES]
+    metrics = tuple(cfg.metrics) if OmegaConf.is_list(cfg.metrics) else (cfg.metrics,)
+    for name in metrics:
+        if name not in known:
+            raise ConfigError(f"no metric is called {name}.{nearest(str(name), known)} Possible: {', '.join(known)}.")
+    needing = [name for name in metrics if name not in METRICS and (name in OF_IMAGES or cfg.reference_run is not None)]
+    if cfg.save in FEATURES_ONLY and needing:
+        rest = ",".join(name for name in metrics if name not in needing)
+        raise ConfigError(
+            f"save={cfg.save} keeps no images, and these metrics are taken from images: {', '.join(needing)}. "
+            f"Set metrics=[{rest}], or save=shards."
+        )
+    return metrics
 
 
 def device_for(name: str) -> str:
@@ -183,6 +225,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     missing = store.missing()
     if not missing:
         return True
+    scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
     model: Pretrained = build(run.model, device=job.device)
     solver, grid = run.plan(model)
     store.check_weights(model.files)
@@ -191,28 +234,27 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
         for seeds in missing:
             with store.claim(seeds) as mine:
                 if mine:
-                    _sample_shard(job, run, store, model, solver, grid, seeds, advance)
+                    started, batches = time.monotonic(), []
+                    for batch in sample_batches(job, run, model, solver, grid, seeds):
+                        batches.append(batch)
+                        advance(len(batch.seeds))
+                    seconds = time.monotonic() - started
+                    write_shard(job, run, store, model, scorer, seeds, batches, seconds)
     if store.missing():
         return False
-    _save_preview(run, store)
+    preview = store.first(PREVIEW)
+    if len(preview):
+        save_grid(run.folder / "grid.png", preview, columns=8)
     return True
 
 
-def _sample_shard(
-    job: Job,
-    run: Run,
-    store: SampleStore,
-    model: Pretrained,
-    solver: Solver,
-    grid: TimeGrid,
-    seeds: range,
-    advance: Any,
-) -> None:
-    started, parts = time.monotonic(), []
+def sample_batches(
+    job: Job, run: Run, model: Pretrained, solver: Solver, grid: TimeGrid, seeds: range
+) -> Iterator[Generated]:
     for first in range(seeds.start, seeds.stop, job.batch):
         batch = range(first, min(first + job.batch, seeds.stop))
         noise = NOISES[run.noise](batch)
-        part = generate(
+        yield generate(
             denoiser_for(run, model, noise),
             solver,
             grid,
@@ -225,16 +267,6 @@ def _sample_shard(
             rounding=run.rounding,
             decode=model.decode,
         )
-        parts.append(part)
-        advance(len(batch))
-    store.write(
-        list(seeds),
-        np.concatenate([p.images.cpu().numpy() for p in parts]),
-        np.concatenate([p.x.float().cpu().numpy() for p in parts]),
-        nfe=max(p.nfe for p in parts),
-        seconds=time.monotonic() - started,
-        weights=model.files,
-    )
 
 
 def denoiser_for(run: Run, model: Pretrained, noise: Any) -> Denoiser:
@@ -243,53 +275,66 @@ def denoiser_for(run: Run, model: Pretrained, noise: Any) -> Denoiser:
     return THRESHOLDS[run.threshold](build(run.guidance)(model, labels))
 
 
-@dataclass(frozen=True)
-class Record:
-    """score.json: everything needed to repeat one cell and to judge it."""
-
-    key: str
-    run: dict[str, Any]
-    protocol: dict[str, Any] | None
-    metrics: dict[str, float]
-    nfe: int
-    network_passes: int
-    images: int
-    seconds: float
-    weights: dict[str, str]
-    shards: dict[str, str]
-    reference_run: str | None
-    device: str
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> "Record":
-        return cls(**json.loads(path.read_text()))
-
-    def write(self, path: Path) -> None:
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+def write_shard(
+    job: Job,
+    run: Run,
+    store: SampleStore,
+    model: Pretrained,
+    scorer: Scorer | None,
+    seeds: range,
+    batches: list[Generated],
+    seconds: float,
+) -> None:
+    """One shard of what `save` keeps: images, or their features alone."""
+    arrays = {}
+    if scorer is not None:
+        features = [scorer.extracted(batch.images) for batch in batches]
+        for name in scorer.needs:
+            arrays[name] = np.concatenate([getattr(part, name).numpy() for part in features])
+    if job.save not in FEATURES_ONLY:
+        arrays["images"] = np.concatenate([batch.images.cpu().numpy() for batch in batches])
+    if job.keeps_states:
+        arrays["x"] = np.concatenate([batch.x.float().cpu().numpy() for batch in batches])
+    if job.save == "grid" and (kept := PREVIEW - (seeds.start - run.seeds[0])) > 0:
+        arrays["preview"] = np.concatenate([batch.images.cpu().numpy() for batch in batches])[:kept]
+    if job.save == "png":
+        save_pngs(run.folder / "png", seeds, arrays["images"])
+    store.write(
+        seeds,
+        arrays,
+        nfe=max(batch.nfe for batch in batches),
+        seconds=seconds,
+        weights=model.files,
+        protocol=job.protocol.hash if scorer is not None and job.protocol else None,
+    )
 
 
 def score_run(job: Job, run: Run | None = None) -> Record:
-    """Score the images of a complete run; an up-to-date score.json is taken as it is."""
+    """Score the images of a complete run; a score.json that has what is asked is taken as it is."""
     is_reference = run is not None
     run = run or job.run
     store = store_of(job, run)
     path = run.folder / "score.json"
     protocol = job.protocol.describe() if job.protocol else None
-    reference = None if is_reference or job.reference_run is None else job.reference_run
+    reference = None if is_reference else job.reference_run
     shards = {shard.file: shard.sha256 for shard in store.shards}
     if path.exists() and not store.missing():
         record = Record.read(path)
         known = (record.protocol, record.shards, record.reference_run)
-        if known == (protocol, shards, reference.key() if reference else None):
+        if known == (protocol, shards, reference.key() if reference else None) and {*job.metrics} <= {*record.asked}:
             return record
+    n = len(run.seed_range)
     metrics: dict[str, float] = {}
-    if job.protocol:
-        metrics |= score((torch.from_numpy(images) for (images,) in store.batches("images")), job.protocol, job.device)
-    if reference:
-        metrics[f"rmse@{len(run.seed_range)}"] = rmse(store, store_of(job, reference))
-    metrics[f"contrast@{len(run.seed_range)}"] = contrast(store)
+    if job.protocol and job.scored:
+        scorer = Scorer(job.protocol, job.device, job.scored)
+        for shard, arrays in store.files():
+            _add_shard(scorer, store, shard, arrays)
+        metrics |= scorer.result()
+    for name in job.metrics:
+        if reference and name in AGAINST_REFERENCE:
+            metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(job, reference))
+        elif name in OF_IMAGES:
+            metrics[f"{name}@{n}"] = OF_IMAGES[name](store)
     nfe = max(shard.nfe for shard in store.shards)
     record = Record(
         key=run.key(),
@@ -298,48 +343,35 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         metrics=metrics,
         nfe=nfe,
         network_passes=nfe * build(run.guidance).network_passes,
-        images=len(run.seed_range),
+        images=n,
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,
         shards=shards,
         reference_run=reference.key() if reference else None,
         device=device_name(job.device),
         versions=versions(),
+        asked=list(job.metrics),
+        files=files_used(job.protocol, job.device) if job.protocol and job.scored else {},
     )
     record.write(path)
     return record
 
 
-def rmse(store: SampleStore, reference: SampleStore) -> float:
-    """Root mean square of x - x_ref over all images and pixels, x in [-1, 1] before rounding; same seeds."""
-    total, count = 0.0, 0
-    for (seeds, x), (ref_seeds, ref) in zip(store.batches("seeds", "x"), reference.batches("seeds", "x"), strict=True):
-        assert np.array_equal(seeds, ref_seeds)
-        total += float(((x.astype(np.float64) - ref) ** 2).sum())
-        count += x.size
-    return float(np.sqrt(total / count))
-
-
-def contrast(store: SampleStore) -> float:
-    """Mean over images of the standard deviation of their pixels, in grey levels."""
-    stds = [images.reshape(len(images), -1).std(axis=1, dtype=np.float64) for (images,) in store.batches("images")]
-    return float(np.concatenate(stds).mean())
-
-
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("evodiff", "torch", "numpy")}
+def _add_shard(scorer: Scorer, store: SampleStore, shard: Shard, arrays: Mapping[str, np.ndarray]) -> None:
+    """The features kept while sampling, if they are this protocol's; otherwise those of the images."""
+    if shard.protocol == scorer.protocol.hash and {*scorer.needs} <= {*shard.holds}:
+        scorer.add_features(Features(**{name: torch.from_numpy(arrays[name]) for name in scorer.needs}))
+    elif "images" in shard.holds:
+        for part in torch.from_numpy(arrays["images"]).split(EXTRACTED_AT_ONCE):
+            scorer.add(part)
+    else:
+        raise StoreError(
+            f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
+            f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
+            f"with this protocol and these metrics."
+        )
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     with whole_file(path) as temporary:
         OmegaConf.save(OmegaConf.create(dict(content)), temporary)
-
-
-def _save_preview(run: Run, store: SampleStore) -> None:
-    save_grid(run.folder / "grid.png", store.first(64), columns=8)

@@ -206,8 +206,8 @@ class FromFile:
             )
         if not (math.isclose(times[0], t_start, rel_tol=0.01) and math.isclose(times[-1], t_end, rel_tol=0.01)):
             raise ConfigError(
-                f"grid file {self.path} runs from {times[0]:g} to {times[-1]:g}, but the run from t_start={t_start:g} to "
-                f"t_end={t_end:g}: give a file of this schedule, or set t_start and t_end to the file's"
+                f"grid file {self.path} runs from {times[0]:g} to {times[-1]:g}, but the run from t_start={t_start:g} "
+                f"to t_end={t_end:g}: give a file of this schedule, or set t_start and t_end to the file's"
             )
         return [float(t) for t in times]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from evodiff.files import whole_file
 
@@ -37,6 +38,14 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 2) -> N
         canvas[y : y + height, x : x + width] = image.transpose(1, 2, 0) if channels == 3 else image[0][..., None]
     with whole_file(path) as temporary:
         plt.imsave(temporary, canvas.repeat(scale, 0).repeat(scale, 1))
+
+
+def save_pngs(folder: Path, seeds: Sequence[int], images: np.ndarray) -> None:
+    """uint8 [N, C, H, W] as `000012.png` for seed 12, each file whole or absent; compressed without loss."""
+    for seed, image in zip(seeds, images, strict=True):
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        with whole_file(folder / f"{seed:06d}.png") as temporary:
+            Image.fromarray(pixels).save(temporary)
 
 
 def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]], across: int = 3) -> None:

@@ -1,9 +1,10 @@
 """Samples on disk: shards of consecutive seeds, written whole, found by manifest."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from evodiff.files import sha256, whole_file
 
 @dataclass(frozen=True)
 class Shard:
-    """One file as the manifest lists it: seeds `first` to `last`, both included."""
+    """One file as the manifest lists it: seeds `first` to `last`, both included, and which arrays it `holds`.
+
+    `protocol` is the hash of the protocol whose extractor gave the features in it, where there are any.
+    """
 
     first: int
     last: int
     sha256: str
     nfe: int
     seconds: float
+    holds: tuple[str, ...] = ("images", "x")
+    protocol: str | None = None
 
     @property
     def file(self) -> str:
@@ -62,10 +68,16 @@ class SampleStore:
         return self._read().get("weights", {})
 
     def missing(self) -> list[range]:
-        """The ranges of seeds still to be sampled, cut as the shards will be."""
-        done = {shard.first for shard in self.shards if self._intact(shard)}
-        cuts = range(self.seeds.start, self.seeds.stop, self.shard)
-        return [range(a, min(a + self.shard, self.seeds.stop)) for a in cuts if a not in done]
+        """The ranges of seeds still to be sampled, cut as the shards will be. Shards of another size count as well."""
+        pieces, at = [], self.seeds.start
+        for shard in [*filter(self._intact, self.shards), None]:
+            gap = range(at, shard.first if shard else self.seeds.stop)
+            at = max(at, shard.last + 1) if shard else at
+            while gap:
+                cut = gap.start + self.shard - (gap.start - self.seeds.start) % self.shard
+                pieces.append(range(gap.start, min(cut, gap.stop)))
+                gap = range(min(cut, gap.stop), gap.stop)
+        return pieces
 
     def damaged(self) -> list[str]:
         """Listed files that are gone or no longer what was written: truncated, replaced, edited."""
@@ -81,41 +93,38 @@ class SampleStore:
             yield False
             return
         try:
-            yield not any(shard.first == seeds.start and self._intact(shard) for shard in self.shards)
+            yield any(piece.start == seeds.start for piece in self.missing())
         finally:
             lock.release()
 
     def write(
         self,
-        seeds: Sequence[int],
-        images: np.ndarray,
-        x: np.ndarray,
+        seeds: range,
+        arrays: Mapping[str, np.ndarray],
         *,
         nfe: int,
         seconds: float,
         weights: Mapping[str, str],
+        protocol: str | None = None,
     ) -> None:
-        """Add one shard: uint8 images [N, C, H, W] and the unrounded states x, in that order of seeds."""
-        path = self.folder / shard_name(seeds[0])
+        """Add one shard of consecutive seeds. Its arrays, with one row per seed and in their order: `images` uint8
+        [N, C, H, W], `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`; `preview` holds the
+        images of the first seeds only."""
+        path = self.folder / shard_name(seeds.start)
         with whole_file(path) as temporary, temporary.open("wb") as f:
-            np.savez_compressed(f, seeds=np.asarray(seeds), images=images, x=x.astype(np.float32))
-        entry = {
-            "first": seeds[0],
-            "last": seeds[-1],
-            "sha256": sha256(path),
-            "nfe": nfe,
-            "seconds": round(seconds, 3),
-        }
+            np.savez(f, allow_pickle=False, seeds=np.asarray(seeds), **arrays)
+        entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
         with FileLock(self._lock_folder() / "manifest.lock"):
             content = self._read()
             self._check_weights(content, weights)
-            others = [s for s in content.get("shards", []) if s["first"] != seeds[0]]
-            content = {"run": self.run, "weights": dict(weights), "shards": [*others, entry]}
+            # a process that cuts the seeds in other places may have written some of them in the meantime
+            others = [s for s in content.get("shards", []) if s["last"] < entry.first or s["first"] > entry.last]
+            content = {"run": self.run, "weights": dict(weights), "shards": [*others, asdict(entry)]}
             with whole_file(self.manifest) as temporary:
                 temporary.write_text(json.dumps(content, indent=1) + "\n")
 
-    def batches(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
-        """The named arrays (`seeds`, `images`, `x`) shard by shard, in order of seeds.
+    def files(self) -> Iterator[tuple[Shard, Mapping[str, np.ndarray]]]:
+        """Every shard with its arrays, which are read when asked for, in order of seeds.
 
         Raises StoreError if shards are missing or a file is not what the manifest promises.
         """
@@ -130,17 +139,31 @@ class SampleStore:
                 f"{missing[0].start}). Run the sampling again: it makes only what is missing."
             )
         for shard in self.shards:
-            with np.load(self.folder / shard.file) as file:
-                yield tuple(file[name] for name in names)
+            with np.load(self.folder / shard.file) as arrays:
+                yield shard, arrays
+
+    def batches(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """The named arrays (`seeds`, `images`, `x`) shard by shard, in order of seeds.
+
+        Raises StoreError if shards are missing or damaged, or were written without one of these arrays.
+        """
+        for shard, arrays in self.files():
+            if lacking := [name for name in names if name not in arrays]:
+                raise StoreError(
+                    f"{shard.file} in {self.folder} was written without {' and '.join(lacking)}. Remove the folder and "
+                    f"sample anew with save=shards (`x` is kept for metrics=[rmse] or [sw], with a reference_run)."
+                )
+            yield tuple(arrays[name] for name in names)
 
     def first(self, n: int) -> np.ndarray:
-        """The first n images, or all if there are fewer."""
-        found: list[np.ndarray] = []
-        for (images,) in self.batches("images"):
-            found.append(images[: n - sum(map(len, found))])
-            if sum(map(len, found)) == n:
+        """The first n images, or as many as were kept."""
+        found = np.empty(0, np.uint8)
+        for shard, arrays in self.files():
+            kept = next((arrays[name] for name in ("images", "preview") if name in shard.holds), found[:0])
+            found = np.concatenate([found, kept[: n - len(found)]]) if len(found) else kept[:n]
+            if len(found) == n or len(kept) <= shard.last - shard.first:
                 break
-        return np.concatenate(found)
+        return found
 
     def check_weights(self, weights: Mapping[str, str]) -> None:
         """Raise StoreError if the images here were made with other weight files."""
@@ -157,7 +180,7 @@ class SampleStore:
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""
         path = self.folder / shard.file
-        return path.exists() and sha256(path) == shard.sha256
+        return path.exists() and _digest(path, path.stat().st_mtime_ns, path.stat().st_size) == shard.sha256
 
     def _lock_folder(self) -> Path:
         locks = self.folder / ".locks"
@@ -187,3 +210,9 @@ class SampleStore:
                 f"Move the folder away or choose another results folder."
             )
         return content
+
+
+@lru_cache(maxsize=100_000)
+def _digest(path: Path, mtime_ns: int, size: int) -> str:
+    """sha256 of a file, read once as long as nobody touches it."""
+    return sha256(path)

@@ -21,12 +21,11 @@ def store_at(folder, run=RUN, seeds=range(10), shard=4):
 
 def content(seeds):
     images = np.stack([np.full((1, 2, 2), seed, np.uint8) for seed in seeds])
-    return images, images / 255.0
+    return {"images": images, "x": images / 255.0}
 
 
 def write(store, seeds, weights=None):
-    images, x = content(seeds)
-    store.write(list(seeds), images, x, nfe=5, seconds=1.0, weights=weights or {})
+    store.write(seeds, content(seeds), nfe=5, seconds=1.0, weights=weights or {})
 
 
 def fill(store):
@@ -50,6 +49,35 @@ def test_an_incomplete_run_cannot_be_read(tmp_path):
     write(store, range(4, 8))
     with pytest.raises(StoreError, match=r"lacks 6 of 10 images \(first: seed 0\)"):
         next(store.batches("images"))
+
+
+def test_shards_of_another_size_count_and_leave_the_rest_missing(tmp_path):
+    write(store_at(tmp_path), range(4, 8))
+    assert store_at(tmp_path, shard=5).missing() == [range(0, 4), range(8, 10)]
+    assert store_at(tmp_path, shard=3).missing() == [range(0, 3), range(3, 4), range(8, 9), range(9, 10)]
+    assert store_at(tmp_path, shard=100).missing() == [range(0, 4), range(8, 10)]
+
+
+def test_a_shard_takes_the_place_of_those_it_overlaps(tmp_path):
+    store = store_at(tmp_path)
+    fill(store)
+    write(store, range(2, 6))
+    assert [(s.first, s.last) for s in store.shards] == [(2, 5), (8, 9)]
+    fill(store)
+    (seeds,) = zip(*store.batches("seeds"), strict=True)
+    assert np.concatenate(seeds).tolist() == list(range(10))
+
+
+def test_what_a_shard_does_not_hold_is_named(tmp_path):
+    store = store_at(tmp_path)
+    write(store, range(0, 4))
+    arrays = {"features": np.zeros((4, 2)), "preview": content(range(4, 6))["images"]}
+    store.write(range(4, 8), arrays, nfe=5, seconds=1.0, weights={}, protocol="abc")
+    fill(store)
+    with pytest.raises(StoreError, match=r"shard-000004.npz .* without images and x"):
+        list(store.batches("seeds", "images", "x"))
+    assert store.first(100)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert [shard.protocol for shard in store.shards] == [None, "abc", None]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "foreign", "delete"])
@@ -113,7 +141,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(np, "savez", full)
     with pytest.raises(StoreError, match="No space left on device"):
         write(store, range(4, 8))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -151,7 +179,7 @@ if step == "before-manifest":
     module.sha256 = lambda path: os._exit(9)
 images = np.zeros((4, 1, 2, 2), np.uint8)
 store = SampleStore(Path(sys.argv[1]), {"solver": {"name": "ddim"}, "nfe": 5}, range(10), 4)
-store.write([4, 5, 6, 7], images, images, nfe=5, seconds=1.0, weights={})
+store.write(range(4, 8), {"images": images}, nfe=5, seconds=1.0, weights={})
 """
 
 

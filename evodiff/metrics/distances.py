@@ -19,12 +19,20 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, seed: int =
     Root of the mean, over `projections` random directions of unit length, of the squared 2-Wasserstein distance between
     the projected samples; in the units of the states. For Gaussians that differ by a shift s it tends to |s| / sqrt(d).
     """
-    a, b = x.flatten(1).double().cpu(), y.flatten(1).double().cpu()
-    directions = torch.randn(
-        a.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    directions /= directions.norm(dim=0)
-    a, b = (a @ directions).sort(dim=0).values, (b @ directions).sort(dim=0).values
+    return wasserstein_of_columns(project(x, projections, seed), project(y, projections, seed))
+
+
+def project(x: Tensor, projections: int = 256, seed: int = 0) -> Tensor:
+    """Samples [n, ...] on random directions of unit length, [n, projections] in float64; a function of the seed."""
+    flat = x.flatten(1).double().cpu()
+    random = torch.Generator().manual_seed(seed)
+    directions = torch.randn(flat.shape[1], projections, generator=random, dtype=torch.float64)
+    return flat @ (directions / directions.norm(dim=0))
+
+
+def wasserstein_of_columns(a: Tensor, b: Tensor) -> float:
+    """Root mean square, over the columns of [n, p] and [m, p], of their 2-Wasserstein distances."""
+    a, b = a.sort(dim=0).values, b.sort(dim=0).values
     if len(a) != len(b):
         a, b = _on_common_steps(a, b)
     return (a - b).square().mean().sqrt().item()

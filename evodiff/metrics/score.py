@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
-from evodiff.metrics.features import Extractor, extractor
+from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.inception_score import inception_score
 from evodiff.metrics.kid import kid
@@ -87,14 +87,26 @@ class Scorer:
         self.features = Rows(protocol.n) if _FROM_FEATURES & set(metrics) else None
         self.logits = Rows(protocol.n) if "is" in metrics else None
 
-    def add(self, images: Tensor) -> None:
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which fields of Features the metrics are taken from."""
+        return ("features", *("logits",) * ("is" in self.metrics), *("spatial",) * ("sfid" in self.metrics))
+
+    def extracted(self, images: Tensor) -> Features:
+        """What the extractor says of uint8 images [B, C, H, W]. Raises MetricError unless they suit the protocol."""
         size = self.reference.provenance.get("image_size")
         if size and list(images.shape[:1:-1]) != size and images.ndim == 4:
             raise MetricError(
                 f"the images are {images.shape[3]}x{images.shape[2]}, but {self.protocol.reference} was made of "
                 f"{size[0]}x{size[1]} ones"
             )
-        out = self.extract(images)
+        return self.extract(images)
+
+    def add(self, images: Tensor) -> None:
+        self.add_features(self.extracted(images))
+
+    def add_features(self, out: Features) -> None:
+        """Of images whose features were taken before: with logits for `is`, with spatial ones for `sfid`."""
         self.moments.add(out.features)
         if "sfid" in self.metrics and out.spatial is not None:
             self.spatial = self.spatial or Moments.zeros(out.spatial.shape[1])

@@ -1,0 +1,98 @@
+"""What is written down of a finished run, and what is measured on its states."""
+
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evodiff.files import whole_file
+from evodiff.metrics.distances import project, wasserstein_of_columns
+from evodiff.store import SampleStore
+
+
+@dataclass(frozen=True)
+class Record:
+    """score.json: everything needed to repeat one cell and to judge it.
+
+    `asked` are the metrics that were asked for, `files` the sha256 of extractor and reference in full.
+    """
+
+    key: str
+    run: dict[str, Any]
+    protocol: dict[str, Any] | None
+    metrics: dict[str, float]
+    nfe: int
+    network_passes: int
+    images: int
+    seconds: float
+    weights: dict[str, str]
+    shards: dict[str, str]
+    reference_run: str | None
+    device: str
+    versions: dict[str, str] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        return cls(**json.loads(path.read_text()))
+
+    def write(self, path: Path) -> None:
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+def rmse(store: SampleStore, reference: SampleStore) -> float:
+    """Root mean square of x - x_ref over all images and pixels, x in [-1, 1] before rounding; same seeds."""
+    total, count = 0.0, 0
+    pairs = (recut(s.batches("seeds", "x")) for s in (store, reference))
+    for (seeds, x), (ref_seeds, ref) in zip(*pairs, strict=True):
+        assert np.array_equal(seeds, ref_seeds)
+        total += float(((x.astype(np.float64) - ref) ** 2).sum())
+        count += x.size
+    return float(np.sqrt(total / count))
+
+
+def sliced_wasserstein(store: SampleStore, reference: SampleStore) -> float:
+    """Sliced 2-Wasserstein distance between the states of two runs, x in [-1, 1] before rounding."""
+    a, b = (torch.cat([project(torch.from_numpy(x)) for (x,) in s.batches("x")]) for s in (store, reference))
+    return wasserstein_of_columns(a, b)
+
+
+def contrast(store: SampleStore) -> float:
+    """Mean over images of the standard deviation of their pixels, in grey levels."""
+    stds = [images.reshape(len(images), -1).std(axis=1, dtype=np.float64) for (images,) in store.batches("images")]
+    return float(np.concatenate(stds).mean())
+
+
+AGAINST_REFERENCE: dict[str, Callable[[SampleStore, SampleStore], float]] = {"rmse": rmse, "sw": sliced_wasserstein}
+"""Distances of the states to those of the reference run, which both have to keep."""
+OF_IMAGES: dict[str, Callable[[SampleStore], float]] = {"contrast": contrast}
+
+
+def recut(parts: Iterator[tuple[np.ndarray, ...]], size: int = 500) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same rows in tuples of `size` rows, whatever the shards they lie in."""
+    held: tuple[np.ndarray, ...] | None = None
+    for part in parts:
+        held = part if held is None else tuple(map(np.concatenate, zip(held, part, strict=True)))
+        while len(held[0]) >= size:
+            yield tuple(a[:size] for a in held)
+            held = tuple(a[size:] for a in held)
+    if held is not None and len(held[0]):
+        yield held
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in ("evodiff", "torch", "numpy")}

@@ -1,0 +1,136 @@
+"""What a run keeps (`save`) and what is measured on it (`metrics`)."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+RUN = ["solver=ddim", "nfe=2", "seeds=0-23", "shard=10", "batch=7", "device=cpu"]
+REFERENCE = "reference_run=['solver=ddim','nfe=3']"
+FEATURES = ["metrics=[fid]", "save=none"]
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+def folder_of(results):
+    return only(results.glob("runs/mnist_tiny/ddim-nfe2-*"))
+
+
+def record_of(results):
+    return json.loads((folder_of(results) / "score.json").read_text())
+
+
+def arrays_of(results):
+    return [dict(np.load(path)) for path in sorted(folder_of(results).glob("shard-*.npz"))]
+
+
+@pytest.fixture
+def run(evodiff_command):
+    def go(*overrides):
+        return evodiff_command("run", "model=mnist_tiny", *RUN, *overrides)
+
+    return go
+
+
+def test_features_alone_give_the_score_that_the_images_give(run, results):
+    assert run("metrics=[fid]")[0] == 0
+    of_images = record_of(results)["metrics"]
+    kept = np.concatenate([a["images"] for a in arrays_of(results)])
+    folder_of(results).rename(results / "before")
+    assert run(*FEATURES)[0] == 0
+    assert record_of(results)["metrics"] == pytest.approx(of_images, rel=1e-6)
+    assert [set(a) for a in arrays_of(results)] == [{"seeds", "features"}] * 3
+    assert not (folder_of(results) / "grid.png").exists()
+    assert kept.shape == (24, 1, 32, 32)
+
+
+def test_states_are_kept_only_where_a_metric_compares_them(run, results):
+    assert run("metrics=[fid,contrast]")[0] == 0
+    assert [set(a) for a in arrays_of(results)] == [{"seeds", "images"}] * 3
+    assert list(record_of(results)["metrics"]) == ["fd_mnist@24", "contrast@24"]
+    code, _, err = run("metrics=[rmse]", REFERENCE)
+    assert code == 1
+    assert "shard-000000.npz" in err and "was written without x" in err and "save=shards" in err
+
+
+def test_a_metric_asked_for_later_is_added_from_the_same_images(run, results):
+    assert run("metrics=[fid]")[0] == 0
+    shards = [path.read_bytes() for path in sorted(folder_of(results).glob("shard-*.npz"))]
+    first = record_of(results)
+    assert run("metrics=[fid,is,contrast]")[0] == 0
+    later = record_of(results)
+    assert list(later["metrics"]) == ["fd_mnist@24", "is_mnist@24", "is_std_mnist@24", "contrast@24"]
+    assert later["metrics"]["fd_mnist@24"] == first["metrics"]["fd_mnist@24"]
+    assert run("metrics=[contrast]")[0] == 0
+    assert record_of(results) == later, "what is asked is there already"
+    assert [path.read_bytes() for path in sorted(folder_of(results).glob("shard-*.npz"))] == shards
+    assert len(later["files"]["extractor"]) == len(later["files"]["reference"]) == 64
+
+
+def test_logits_are_kept_for_the_inception_score(run, results):
+    assert run("metrics=[fid,is]", "save=none")[0] == 0
+    assert [set(a) for a in arrays_of(results)] == [{"seeds", "features", "logits"}] * 3
+    of_features = record_of(results)["metrics"]
+    folder_of(results).rename(results / "before")
+    assert run("metrics=[fid,is]")[0] == 0
+    assert record_of(results)["metrics"] == pytest.approx(of_features, rel=1e-6)
+
+
+def test_features_of_another_protocol_are_not_scored(run, results):
+    assert run(*FEATURES)[0] == 0
+    code, _, err = run(*FEATURES, "protocol.n=4000")
+    assert code == 1
+    assert "keeps no images, and not the features of protocol mnist" in err and "save=shards" in err
+    code, _, err = run("metrics=[is]", "save=none")
+    assert code == 1
+    assert "not the features and logits of protocol mnist" in err
+
+
+def test_grid_keeps_the_first_images(run, results):
+    assert run("metrics=[fid]", "save=grid")[0] == 0
+    preview = np.concatenate([a["preview"] for a in arrays_of(results)])
+    assert (folder_of(results) / "grid.png").exists()
+    folder_of(results).rename(results / "before")
+    assert run("metrics=[fid]")[0] == 0
+    assert (np.concatenate([a["images"] for a in arrays_of(results)]) == preview).all()
+
+
+def test_png_is_the_image_of_its_seed(run, results):
+    assert run("metrics=[fid]", "save=png")[0] == 0
+    images = np.concatenate([a["images"] for a in arrays_of(results)])
+    files = sorted((folder_of(results) / "png").iterdir())
+    assert [path.name for path in files] == [f"{seed:06d}.png" for seed in range(24)]
+    assert (np.stack([np.asarray(Image.open(path)) for path in files]) == images[:, 0]).all()
+
+
+def test_the_reference_may_lie_in_shards_of_another_size(run, results):
+    sizes = ["metrics=[rmse,sw]", REFERENCE]
+    assert run(*sizes)[0] == 0
+    first = record_of(results)["metrics"]
+    folder_of(results).rename(results / "before")
+    assert run(*sizes, "shard=7")[0] == 0
+    assert record_of(results)["metrics"] == pytest.approx(first, rel=1e-6)
+    assert 0 < first["sw@24"] < first["rmse@24"] < 1, "points move at least as far as their distribution does"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["save=pngs"], "save=pngs does not exist. Did you mean png? Possible: shards, png, grid, none."),
+        (["metrics=[fid,kidd]"], "no metric is called kidd. Did you mean kid?"),
+        (
+            ["save=none"],
+            "save=none keeps no images, and these metrics are taken from images: rmse, contrast. Set metrics=[fid]",
+        ),
+        (["save=grid", "reference_run=null"], "taken from images: contrast. Set metrics=[fid,rmse]"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_image(run, results, overrides, sentence):
+    code, _, err = run(*overrides)
+    assert code == 1
+    assert sentence in err
+    assert not list(results.glob("runs/*/*"))
