@@ -6,4 +6,4 @@ from pathlib import Path
 ROOT = Path(os.environ.get("EVODIFF_ROOT", Path(__file__).resolve().parent.parent))
 CONFIGS = ROOT / "configs"
 CHECKPOINTS = ROOT / "checkpoints"
-RESULTS = ROOT / "results"
+RESULTS = Path(os.environ.get("EVODIFF_RESULTS", ROOT / "results"))

@@ -13,6 +13,7 @@ def results(tmp_path, monkeypatch):
     """An empty results folder instead of the project's own."""
     for module in (evodiff.commands, evodiff.experiment, evodiff.report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))  # for the processes that the command starts
     return tmp_path
 
 

@@ -20,6 +20,7 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import ddim
+from evodiff.solvers.linear import add_
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class BDIA(Solver):
         """(x_-, x) -> (x, x_+) over `step`, which has a previous one."""
         before, x = pair
         after, back = self.increments(denoise, x, step)
-        return torch.stack([x, after + self.weight(step) * (before - back)])
+        weight = self.weight(step)
+        return torch.stack([x, add_(after, (weight, before), (-weight, back))])
 
     def retreat(self, denoise: Denoiser, pair: Tensor, step: Step) -> Tensor:
         """(x, x_+) -> (x_-, x): `advance` undone."""

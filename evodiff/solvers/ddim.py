@@ -14,6 +14,7 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import ddim, noise_prediction
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
@@ -41,4 +42,4 @@ class DDIM(Solver):
             return ddim(x, D, s, t), noise
         c = self.eta * t.sigma * math.sqrt(-math.expm1(-2 * step.h))
         eps = noise_prediction(x, D, s)
-        return t.alpha * D + math.sqrt(t.sigma**2 - c**2) * eps + c * noise.normal(x), noise
+        return combine((t.alpha, D), (math.sqrt(t.sigma**2 - c**2), eps), (c, noise.normal(x))), noise

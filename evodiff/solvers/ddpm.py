@@ -13,6 +13,7 @@ from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DDPM(Solver):
         a = s.alpha / t.alpha
         beta = -(s.sigma**2) * math.expm1(-2 * step.h)  # the variance of q(x_s | x_t): sigma_s^2 - a^2 sigma_t^2
         shrink = (t.sigma / s.sigma) ** 2
-        mean = (a * shrink) * x + (t.alpha * beta / s.sigma**2) * denoise(x, s)
         variance = beta * shrink if self.variance == "small" else beta
-        return mean + math.sqrt(variance) * noise.normal(x), noise
+        D = denoise(x, s)
+        x_t = combine((a * shrink, x), (t.alpha * beta / s.sigma**2, D), (math.sqrt(variance), noise.normal(x)))
+        return x_t, noise

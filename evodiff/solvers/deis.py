@@ -19,6 +19,7 @@ from evodiff.grid import Step
 from evodiff.schedule import LinearVP, NoiseSchedule
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import NOISE, Prediction, lagrange, lagrange_integrals
+from evodiff.solvers.linear import combine
 
 PANELS = 16
 
@@ -65,10 +66,7 @@ class DEIS(Multistep):
         kappas = tuple(p.node.kappa for p in seen)
         schedule: Any = step.grid.schedule
         C = coefficients(schedule, self.variant, self.quadrature, kappas, t.kappa)
-        x_t = (t.alpha / s.alpha) * past[-1].x
-        for C_j, p in zip(C, seen, strict=True):
-            x_t = x_t + (t.alpha * C_j) * p.m
-        return x_t
+        return combine((t.alpha / s.alpha, past[-1].x), *((t.alpha * C_j, p.m) for C_j, p in zip(C, seen, strict=True)))
 
 
 @lru_cache(maxsize=256)

@@ -24,6 +24,7 @@ from evodiff.grid import Step, TimeGrid
 from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past, State
 from evodiff.solvers.exponential import h_phi
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class DPMSolverV3(Multistep):
         if self.statistics is None:
             return -D
         l = self.statistics.l_at(node.lam).to(x)  # noqa: E741
-        return ((1 - l) / node.alpha) * x - D
+        return combine(((1 - l) / node.alpha, x), (-1.0, D))
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         return self.update(step, past[::-1][: self.order_at(step)], self.p_pseudo)
@@ -120,13 +121,12 @@ class DPMSolverV3(Multistep):
     def update(self, step: Step, points: tuple[Past, ...], pseudo: bool) -> Tensor:
         """Equation 13 with the derivatives of g at `points[0]` estimated from all of them."""
         s, t = step.s, step.t
-        x = points[0].x
         lams = tuple(point.node.lam for point in points)
+        x = points[0].x
         w = weights(self.statistics, t.lam, lams, pseudo, x.device, x.dtype)
-        x_t = (t.alpha / s.alpha * w.decay) * x + t.alpha * w.constant
-        for weight, point in zip(w.f, points, strict=True):
-            x_t = x_t - (t.alpha * weight) * point.m
-        return x_t
+        gains = ((-t.alpha * weight, point.m) for weight, point in zip(w.f, points, strict=True))
+        x_t = combine((t.alpha / s.alpha * w.decay, x), *gains)
+        return x_t if self.statistics is None else x_t.add_(w.constant, alpha=t.alpha)
 
     def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
         """Refuse statistics of another image or another range of the schedule, before the first evaluation."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from evodiff.grid import Step
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import h_phi
+from evodiff.solvers.linear import combine, unit_weights, weighted
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,20 @@ class DPMSolverPP(Multistep):
         return min(self.order, 2)  # the released third order leaves half of D2 out
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        s, t, h = step.s, step.t, step.h
-        x, m0 = past[-1].x, past[-1].m
-        order = self.order_at(step)
-        gain, hh = self.target.gain(t), self.target.signed(h)
-        x_t = self.target.first_order(x, m0, s, t)
-        if order == 1:
-            return x_t
-        r0 = step.previous.h / h
-        D1_0 = (m0 - past[-2].m) / r0
+        h, order = step.h, self.order_at(step)
+        gain, hh = self.target.gain(step.t), self.target.signed(h)
+        carry, first = self.target.first_order_weights(step.s, step.t)
+        m0, *ms = unit_weights(order)  # everything below is weights of the last `order` model terms
+        w = first * m0
+        if order > 1:
+            r0 = step.previous.h / h
+            D1_0 = (m0 - ms[0]) / r0
         if order == 2:
-            return x_t - (0.5 * gain * math.expm1(hh)) * D1_0
-        r1 = step.previous.previous.h / h
-        D1_1 = (past[-2].m - past[-3].m) / r1
-        D2 = (D1_0 - D1_1) / (r0 + r1)
-        D1 = D1_0 + r0 * D2
-        return x_t - (gain * h_phi(2, hh)) * D1 - (gain * h_phi(3, hh)) * D2
+            w = w - (0.5 * gain * math.expm1(hh)) * D1_0
+        if order == 3:
+            r1 = step.previous.previous.h / h
+            D1_1 = (ms[0] - ms[1]) / r1
+            D2 = (D1_0 - D1_1) / (r0 + r1)
+            D1 = D1_0 + r0 * D2
+            w = w - gain * h_phi(2, hh) * D1 - gain * h_phi(3, hh) * D2
+        return combine((carry, past[-1].x), *weighted(w, (p.m for p in past[::-1][:order])))

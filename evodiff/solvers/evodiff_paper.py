@@ -25,7 +25,8 @@ from torch import Tensor
 from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Multistep, Past
-from evodiff.solvers.exponential import ddim
+from evodiff.solvers.exponential import DATA
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
@@ -50,40 +51,42 @@ class EVODiffPaper(Multistep):
         return 2 if self.zeta == 1 else 1
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        s, t = step.s, step.t
-        x_t = ddim(past[-1].x, past[-1].m, s, t)
+        x, m0 = past[-1].x, past[-1].m
         if self.order_at(step) == 1:
-            return x_t
-        h = inverse_kappa_step(step)
-        return x_t + (0.5 * t.sigma * h**2) * self.backward(step, past)
+            return DATA.first_order(x, m0, step.s, step.t)
+        carry, first = DATA.first_order_weights(step.s, step.t)
+        h_l, h = steps(step)
+        w = 0.5 * step.t.sigma * h**2 / h_l  # of the difference in B = B_l
+        return combine((carry, x), (first + w, m0), (-w, past[-2].m))
 
     def correct(self, x: Tensor, m: Tensor, step: Step, past: tuple[Past, ...]) -> Tensor:
         if self.order_at(step) == 1:
             return x
-        s, t, h = step.s, step.t, inverse_kappa_step(step)
-        m0 = past[-1].m
-        B_l, B_u = self.backward(step, past), (m - m0) / h
+        m0, (h_l, h) = past[-1].m, steps(step)
+        d_l, d_u = m0 - past[-2].m, m - m0
+        ll, lu, uu = dot(d_l, d_l) / h_l**2, dot(d_l, d_u) / (h_l * h), dot(d_u, d_u) / h**2  # of B_l and B_u
         eta: Tensor | float
-        eta = torch.sigmoid(ratio(B_l, B_u - B_l).abs()) if self.eta is None else self.eta
-        B = B_l + eta * (B_u - B_l)
-        D_i, P = (0.5 * h) * B, (t.sigma * h) * (m0 - m)
+        eta = torch.sigmoid(ratio(lu - ll, uu - 2 * lu + ll).abs()) if self.eta is None else self.eta
+        BB, BBu = (1 - eta) ** 2 * ll + 2 * eta * (1 - eta) * lu + eta**2 * uu, (1 - eta) * lu + eta * uu
         zeta: Tensor | float
-        zeta = torch.sigmoid(self.mu - ratio(P, D_i).abs() / (t.sigma * h)) if self.zeta is None else self.zeta
-        return ddim(past[-1].x, m0, s, t) + (t.sigma * h * zeta) * D_i
-
-    def backward(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        """B_l: the change of D over the previous step, whose length is R h."""
-        R = step.previous.h / step.h
-        return (past[-1].m - past[-2].m) / (R * inverse_kappa_step(step))
+        # with D_i = h B / 2 and P = -sigma_t h^2 B_u, zeta* = 2 <B, B_u> / <B, B>
+        zeta = torch.sigmoid(self.mu - 2 * ratio(BBu, BB).abs()) if self.zeta is None else self.zeta
+        carry, first = DATA.first_order_weights(step.s, step.t)
+        w = 0.5 * step.t.sigma * h**2 * zeta
+        return combine((carry, past[-1].x), (first, m0), (w * (1 - eta) / h_l, d_l), (w * eta / h, d_u))
 
 
-def inverse_kappa_step(step: Step) -> float:
-    """The paper's data-form step size h = 1/kappa_t - 1/kappa_s."""
-    return 1 / step.t.kappa - 1 / step.s.kappa
+def steps(step: Step) -> tuple[float, float]:
+    """(R h, h): the paper's data-form step size h = 1/kappa_t - 1/kappa_s, after R times as much."""
+    h = 1 / step.t.kappa - 1 / step.s.kappa
+    return step.previous.h / step.h * h, h
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> over each image, [B, 1, 1, 1]."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).view(-1, *[1] * (a.ndim - 1))
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> / <b, b> over each image, [B, 1, 1, 1]. Zero where b is zero."""
-    dims = tuple(range(1, b.ndim))
-    square = (b * b).sum(dims, keepdim=True)
-    return (a * b).sum(dims, keepdim=True) / square.clamp(min=torch.finfo(b.dtype).tiny)
+    """a / b where b is a square. Zero where both are."""
+    return a / b.clamp(min=torch.finfo(b.dtype).tiny)

@@ -5,20 +5,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evodiff.schedule import Node, NoiseSchedule
+from evodiff.solvers.linear import combine
 
 
 def ddim(x: Tensor, D: Tensor, s: Node, t: Node) -> Tensor:
     """x_t = (sigma_t / sigma_s) x_s + (alpha_t - alpha_s sigma_t / sigma_s) D: exact while D stays constant."""
-    ratio = t.sigma / s.sigma
-    return ratio * x + (t.alpha - s.alpha * ratio) * D
+    return DATA.first_order(x, D, s, t)
 
 
 def noise_prediction(x: Tensor, D: Tensor, node: Node) -> Tensor:
     """eps = (x - alpha D) / sigma: the noise in x if D is the image in it."""
-    return (x - node.alpha * D) / node.sigma
+    return torch.sub(x, D, alpha=node.alpha).div_(node.sigma)
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,16 @@ class Prediction:
 
     def first_order(self, x: Tensor, m: Tensor, s: Node, t: Node) -> Tensor:
         """x_t = carry x - gain(t) (e^hh - 1) m: the DDIM step, exact while m stays constant."""
+        carry, weight = self.first_order_weights(s, t)
+        return combine((carry, x), (weight, m))
+
+    def first_order_weights(self, s: Node, t: Node) -> tuple[float, float]:
+        """Of x, `carry`, and of m in the first-order step."""
         if self.name == "data":
-            return ddim(x, m, s, t)
-        ratio = t.alpha / s.alpha
-        return ratio * x + (t.sigma - ratio * s.sigma) * m
+            carry = t.sigma / s.sigma
+            return carry, t.alpha - carry * s.alpha
+        carry = t.alpha / s.alpha
+        return carry, t.sigma - carry * s.sigma
 
 
 DATA = Prediction("data")

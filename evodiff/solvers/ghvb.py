@@ -18,7 +18,7 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Multistep, Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.ipndm import combine
+from evodiff.solvers.linear import combine, weighted
 
 
 def check_beta(beta: float, name: str) -> None:
@@ -62,10 +62,10 @@ class HeavyBall(Solver):
         x_t, past = self.base.step(denoise, x, step, past)
         if self.beta == 1:
             return x_t, (past, None)
-        y, dk = x / s.alpha, t.kappa - s.kappa
-        slope = (x_t / t.alpha - y) / dk
-        v = slope if v is None else (1 - self.beta) * v + self.beta * slope
-        return t.alpha * (y + dk * v), (past, v)
+        dk = t.kappa - s.kappa
+        slope = combine((1 / (t.alpha * dk), x_t), (-1 / (s.alpha * dk), x))
+        v = slope if v is None else combine((1 - self.beta, v), (self.beta, slope))
+        return combine((t.alpha / s.alpha, x), (t.alpha * dk, v)), (past, v)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ class GHVB(Solver):
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         s, t = step.s, step.t
         eps = noise_prediction(x, denoise(x, s), s)
-        v = eps if not state else (1 - self.beta) * state[0] + self.beta * eps
+        v = eps if not state else combine((1 - self.beta, state[0]), (self.beta, eps))
         state = (v, *state)[: self.order]
-        slope = combine(ghvb_weights(len(state), self.beta), list(state))
-        return NOISE.first_order(x, slope, s, t), state
+        carry, first = NOISE.first_order_weights(s, t)
+        weights = ghvb_weights(len(state), self.beta)
+        return combine((carry, x), *((first * w, v) for w, v in zip(weights, state, strict=True))), state
 
 
 @lru_cache

@@ -16,13 +16,14 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
-from evodiff.solvers.exponential import node_at
+from evodiff.solvers.exponential import NOISE, node_at, noise_prediction
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
 class Heun(Solver):
     """y = x / alpha; d = (y - D) / kappa at s, d' the same after an Euler step over the part `alpha` of the step;
-    y + dk ((1 - 1/(2 alpha)) d + d' / (2 alpha)).
+    y + dk ((1 - 1/(2 alpha)) d + d' / (2 alpha)). d is the noise prediction, and an Euler step in y a DDIM step in x.
 
     `alpha`: 1 is Heun, 2/3 Ralston, 1/2 the midpoint rule. `clock`: that part is measured in kappa (EDM) or log_kappa,
     where 1/2 is DPM-Solver-2 as in k-diffusion's sample_dpm_2. Each step whose kappa is in [S_min, S_max] (null: no
@@ -65,15 +66,14 @@ class Heun(Solver):
         if gamma > 0:
             up = node_at(step.grid.schedule, s.kappa * (1 + gamma))
             c = self.S_noise * math.sqrt(up.kappa**2 - s.kappa**2)
-            x, s = (x / s.alpha + c * noise.normal(x)) * up.alpha, up
-        dk = t.kappa - s.kappa
-        y = x / s.alpha
-        d = (y - denoise(x, s)) / s.kappa
+            x, s = combine((up.alpha / s.alpha, x), (up.alpha * c, noise.normal(x))), up
+        d = noise_prediction(x, denoise(x, s), s)
         m = self.between(s, step)
-        y_m = y + (m.kappa - s.kappa) * d
-        d_m = (y_m - denoise(y_m * m.alpha, m)) / m.kappa
+        x_m = NOISE.first_order(x, d, s, m)
+        d_m = noise_prediction(x_m, denoise(x_m, m), m)
+        carry, dk = NOISE.first_order_weights(s, t)
         w = 0.5 / self.alpha
-        return (y + dk * ((1 - w) * d + w * d_m)) * t.alpha, noise
+        return combine((carry, x), (dk * (1 - w), d), (dk * w, d_m)), noise
 
     def churn(self, step: Step) -> float:
         """gamma_i of algorithm 2. EDM's N counts the step to sigma = 0, so that it is the number of nodes here."""

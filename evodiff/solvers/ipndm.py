@@ -15,6 +15,7 @@ from torch import Tensor
 from evodiff.grid import Step
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import NOISE, Prediction, lagrange_integrals
+from evodiff.solvers.linear import combine
 
 ADAMS_BASHFORTH = {
     1: (1.0,),
@@ -43,21 +44,13 @@ class IPNDM(Multistep):
         return self.order if self.variable_step else min(self.order, 2)
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
-        s, t = step.s, step.t
         seen = past[::-1][: self.order_at(step)]
-        e = combine(self.weights(step, seen), [p.m for p in seen])
-        return NOISE.first_order(past[-1].x, e, s, t)
+        carry, first = NOISE.first_order_weights(step.s, step.t)
+        weights = self.weights(step, seen)
+        return combine((carry, past[-1].x), *((first * b, p.m) for b, p in zip(weights, seen, strict=True)))
 
     def weights(self, step: Step, seen: tuple[Past, ...]) -> tuple[float, ...]:
         if not self.variable_step:
             return ADAMS_BASHFORTH[len(seen)]
         a, b = step.s.kappa, step.t.kappa
         return tuple(C / (b - a) for C in lagrange_integrals([p.node.kappa for p in seen], a, b))
-
-
-def combine(weights: tuple[float, ...], terms: list[Tensor]) -> Tensor:
-    """sum_j weights_j terms_j."""
-    total = weights[0] * terms[0]
-    for w, m in zip(weights[1:], terms[1:], strict=True):
-        total = total + w * m
-    return total

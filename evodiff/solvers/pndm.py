@@ -16,7 +16,8 @@ from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.ipndm import ADAMS_BASHFORTH, combine
+from evodiff.solvers.ipndm import ADAMS_BASHFORTH
+from evodiff.solvers.linear import combine, weighted
 
 phi = NOISE.first_order
 """The transfer part phi(x, e, s, t): DDIM with the noise e."""
@@ -28,7 +29,7 @@ def eps(denoise: Denoiser, x: Tensor, node: Node) -> Tensor:
 
 def improved_euler(denoise: Denoiser, x: Tensor, e: Tensor, step: Step) -> Tensor:
     """e' of the pseudo improved Euler method; e is the noise at (x, s)."""
-    return 0.5 * (e + eps(denoise, phi(x, e, step.s, step.t), step.t))
+    return combine((0.5, e), (0.5, eps(denoise, phi(x, e, step.s, step.t), step.t)))
 
 
 def runge_kutta(denoise: Denoiser, x: Tensor, e: Tensor, step: Step) -> Tensor:
@@ -38,7 +39,7 @@ def runge_kutta(denoise: Denoiser, x: Tensor, e: Tensor, step: Step) -> Tensor:
     e2 = eps(denoise, phi(x, e, s, m), m)
     e3 = eps(denoise, phi(x, e2, s, m), m)
     e4 = eps(denoise, phi(x, e3, s, t), t)
-    return (e + 2 * e2 + 2 * e3 + e4) / 6
+    return combine((1 / 6, e), (1 / 3, e2), (1 / 3, e3), (1 / 6, e4))
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class PNDM(Solver):
         e = eps(denoise, x, step.s)
         past = (e, *past)[: self.order]
         if len(past) == self.order:
-            e = combine(ADAMS_BASHFORTH[self.order], list(past))
+            e = combine(*weighted(ADAMS_BASHFORTH[self.order], past))
         elif self.order == 2:
             e = improved_euler(denoise, x, e, step)
         else:
@@ -89,5 +90,5 @@ class PLMS(Solver):
         e = eps(denoise, x, step.s)
         past = (e, *past)[:4]
         first = len(past) == 1
-        e = improved_euler(denoise, x, e, step) if first else combine(ADAMS_BASHFORTH[len(past)], list(past))
+        e = improved_euler(denoise, x, e, step) if first else combine(*weighted(ADAMS_BASHFORTH[len(past)], past))
         return phi(x, e, step.s, step.t), past

@@ -16,6 +16,7 @@ from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import node_at, noise_prediction
+from evodiff.solvers.linear import combine
 
 A = (
     (1 / 5,),
@@ -66,10 +67,10 @@ class ProbabilityFlow(Solver):
             h = end - node.kappa if last else h
             k = [d]
             for row, c in zip(A, C, strict=True):
-                y_new = combine(y, h, row, k)
+                y_new = combine((1.0, y), *scaled(h, row, k))
                 reached = node_at(schedule, node.kappa + c * h) if not (last and c == 1) else step.t
                 k.append(eps(y_new, reached))
-            error = self.error(combine(torch.zeros_like(y), h, E, k), y, y_new)
+            error = self.error(combine(*scaled(h, E, k)), y, y_new)
             if error <= 1:
                 y, node, d = y_new, reached, k[-1]
                 if last:
@@ -88,9 +89,6 @@ class ProbabilityFlow(Solver):
         return float((error / allowed).flatten(1).square().mean(1).sqrt().max())
 
 
-def combine(y: Tensor, h: float, weights: tuple[float, ...], k: list[Tensor]) -> Tensor:
-    """y + h sum_j weights_j k_j."""
-    for w, k_j in zip(weights, k, strict=True):
-        if w:
-            y = y + (h * w) * k_j
-    return y
+def scaled(h: float, weights: tuple[float, ...], k: list[Tensor]) -> list[tuple[float, Tensor]]:
+    """The terms of h sum_j weights_j k_j, without those of weight 0."""
+    return [(h * w, k_j) for w, k_j in zip(weights, k, strict=True) if w]

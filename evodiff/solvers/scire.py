@@ -17,9 +17,10 @@ from torch import Tensor
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.grid import Spacing, Step
-from evodiff.schedule import NoiseSchedule
+from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Multistep, Past, Solver, State
-from evodiff.solvers.exponential import NOISE, Prediction, node_at
+from evodiff.solvers.exponential import NOISE, Prediction, node_at, noise_prediction
+from evodiff.solvers.linear import combine, unit_weights, weighted
 from evodiff.solvers.singlestep import order_schedule
 
 
@@ -74,23 +75,30 @@ class SciRESinglestep(Solver):
         order = self.order_of(step.i)
         s, t = step.s, step.t
         h, phi = t.kappa - s.kappa, phi_1(self.m)
-        y = x / s.alpha
+        eps = noise_prediction(x, denoise(x, s), s)
 
-        def eps_at(r: float, y_r: Tensor) -> Tensor:
-            node = node_at(step.grid.schedule, s.kappa + r * h) if r else s
-            return (y_r - denoise(y_r * node.alpha, node)) / node.kappa
+        def taylor(node: Node, weight: float, eps_r: Tensor) -> Tensor:
+            """y = y_s + (kappa - kappa_s) eps + weight (eps_r - eps) at `node`, as x = alpha y."""
+            first = node.kappa - s.kappa
+            return combine(
+                (node.alpha / s.alpha, x), (node.alpha * (first - weight), eps), (node.alpha * weight, eps_r)
+            )
 
-        eps = eps_at(0, y)
-        y_t = y + h * eps
+        def inner(r: float) -> Node:
+            return node_at(step.grid.schedule, s.kappa + r * h)
+
+        if order == 1:
+            return NOISE.first_order(x, eps, s, t), state
+        r1, r2 = (1 / 2, 1.0) if order == 2 else (1 / 3, 2 / 3)
+        s1 = inner(r1)
+        x_1 = NOISE.first_order(x, eps, s, s1)
+        eps_1 = noise_prediction(x_1, denoise(x_1, s1), s1)
         if order == 2:
-            r1 = 1 / 2
-            y_t = y_t + (h / (2 * phi * r1)) * (eps_at(r1, y + (r1 * h) * eps) - eps)
-        elif order == 3:
-            r1, r2 = 1 / 3, 2 / 3
-            eps_1 = eps_at(r1, y + (r1 * h) * eps)
-            eps_2 = eps_at(r2, y + (r2 * h) * eps + (r2 / (2 * r1) * h / phi) * (eps_1 - eps))
-            y_t = y_t + (h / (2 * phi * r2)) * (eps_2 - eps)
-        return t.alpha * y_t, state
+            return taylor(t, h / (2 * phi * r1), eps_1), state
+        s2 = inner(r2)
+        x_2 = taylor(s2, r2 / (2 * r1) * h / phi, eps_1)
+        eps_2 = noise_prediction(x_2, denoise(x_2, s2), s2)
+        return taylor(t, h / (2 * phi * r2), eps_2), state
 
 
 @dataclass(frozen=True)
@@ -117,16 +125,18 @@ class SciREMultistep(Multistep):
         s, t = step.s, step.t
         order, phi = self.order_at(step), phi_1(self.m)
         h = t.kappa - s.kappa
-        eps_0 = past[-1].m
-        y_t = past[-1].x / s.alpha + h * eps_0
-        if order == 1:
-            return t.alpha * y_t
-        kappas = [past[-k].node.kappa for k in range(1, order + 1)]
-        r0 = (kappas[0] - kappas[1]) / h
-        D1 = eps_0 - past[-2].m
+        seen = past[::-1][:order]
+        kappas = [p.node.kappa for p in seen]
+        eps_0, *eps = unit_weights(order)  # everything below is weights of the last `order` noise predictions
+        w = h * eps_0
+        if order > 1:
+            r0 = (kappas[0] - kappas[1]) / h
+            D1 = eps_0 - eps[0]
         if order == 2:
-            return t.alpha * (y_t + (0.5 * h / (r0 * phi)) * D1)
-        r0 = phi * r0
-        r1 = phi / (1 + phi) * (kappas[1] - kappas[2]) / (kappas[0] - kappas[1])
-        D2 = D1 - (past[-2].m - past[-3].m)
-        return t.alpha * (y_t + (0.5 * h / (r0 * phi)) * D1 + (h / (6 * r0 * r1 * phi**2)) * D2)
+            w = w + (0.5 * h / (r0 * phi)) * D1
+        if order == 3:
+            r0 = phi * r0
+            r1 = phi / (1 + phi) * (kappas[1] - kappas[2]) / (kappas[0] - kappas[1])
+            D2 = D1 - (eps[0] - eps[1])
+            w = w + (0.5 * h / (r0 * phi)) * D1 + (h / (6 * r0 * r1 * phi**2)) * D2
+        return combine((t.alpha / s.alpha, past[-1].x), *weighted(t.alpha * w, (p.m for p in seen)))

@@ -8,6 +8,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
@@ -16,11 +17,12 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
+from evodiff.solvers.linear import add_, combine
 
 
 def score(denoise: Denoiser, x: Tensor, node: Node) -> Tensor:
     """The gradient of log p at x (Tweedie's formula)."""
-    return (node.alpha * denoise(x, node) - x) / node.sigma**2
+    return torch.sub(x, denoise(x, node), alpha=node.alpha).div_(-(node.sigma**2))
 
 
 def drift(schedule: NoiseSchedule, node: Node) -> tuple[float, float]:
@@ -52,7 +54,7 @@ class Predictor(Solver):
         mean, g = self.moments(x, score(denoise, x, step.s), step)
         if self.final_mean and step.left == 1:
             return mean, noise
-        return mean + g * noise.normal(x), noise
+        return add_(mean, (g, noise.normal(x))), noise
 
     @abstractmethod
     def moments(self, x: Tensor, score: Tensor, step: Step) -> tuple[Tensor, float]: ...
@@ -65,7 +67,7 @@ class ReverseDiffusion(Predictor):
     def moments(self, x: Tensor, score: Tensor, step: Step) -> tuple[Tensor, float]:
         a = step.s.alpha / step.t.alpha
         b2 = -(step.s.sigma**2) * math.expm1(-2 * step.h)
-        return (2 - a) * x + b2 * score, math.sqrt(b2)
+        return combine((2 - a, x), (b2, score)), math.sqrt(b2)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class EulerMaruyama(Predictor):
     def moments(self, x: Tensor, score: Tensor, step: Step) -> tuple[Tensor, float]:
         f, g2 = drift(step.grid.schedule, step.s)
         dt = step.t.t - step.s.t
-        return (1 + f * dt) * x - (g2 * dt) * score, math.sqrt(-g2 * dt)
+        return combine((1 + f * dt, x), (-g2 * dt, score)), math.sqrt(-g2 * dt)
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class PredictorCorrector(Solver):
     def langevin(self, score: Tensor, x: Tensor, z: Tensor, step: Step) -> Tensor:
         a = step.s.alpha / step.t.alpha
         e = 2 * a**2 * (self.snr * norms(z) / norms(score)) ** 2
-        return x + e * score + (2 * e).sqrt() * z
+        return combine((1.0, x), (e, score), ((2 * e).sqrt(), z))
 
 
 def norms(x: Tensor) -> Tensor:

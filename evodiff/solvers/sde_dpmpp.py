@@ -13,6 +13,7 @@ from evodiff.denoiser import Denoiser
 from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Multistep, Past, State
+from evodiff.solvers.linear import add_, combine
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,14 @@ class SDEDPMSolverPP(Multistep):
         noise, past = state
         mean, past = super().step(denoise, x, step, past)
         c = step.t.sigma * math.sqrt(-math.expm1(-2 * step.h))
-        return mean + c * noise.normal(x), (noise, past)
+        return add_(mean, (c, noise.normal(x))), (noise, past)
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         s, t, h = step.s, step.t, step.h
         x, D0 = past[-1].x, past[-1].m
-        gain = -t.alpha * math.expm1(-2 * h)
-        mean = (t.sigma / s.sigma * math.exp(-h)) * x + gain * D0
+        carry, gain = t.sigma / s.sigma * math.exp(-h), -t.alpha * math.expm1(-2 * h)
         if self.order_at(step) == 1:
-            return mean
+            return combine((carry, x), (gain, D0))
         r0 = step.previous.h / h
-        D1 = (D0 - past[-2].m) / r0
-        return mean + (0.5 * gain) * D1
+        w = 0.5 * gain / r0  # of D0 - D(one node before)
+        return combine((carry, x), (gain + w, D0), (-w, past[-2].m))

@@ -17,6 +17,7 @@ from evodiff.grid import Spacing, Step
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, NOISE, Prediction, h_phi
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,23 @@ class DPMSolverPPSinglestep(Solver):
         target, s, t = self.target, step.s, step.t
         hh, order = target.signed(step.h), self.order_of(step.i)
         m_s = target.of(denoise(x, s), x, s)
-        x_t = target.first_order(x, m_s, s, t)
         if order == 1:
-            return x_t, state
+            return target.first_order(x, m_s, s, t), state
+
+        def second_order(node: Node, m: Tensor, weight: float) -> Tensor:
+            """The first-order step to `node`, less gain weight (m - m_s)."""
+            carry, first = target.first_order_weights(s, node)
+            w = target.gain(node) * weight
+            return combine((carry, x), (first + w, m_s), (-w, m))
+
         (s1, r1), (s2, r2) = self.nodes(step, order)
         x_1 = target.first_order(x, m_s, s, s1)
-        D1 = target.of(denoise(x_1, s1), x_1, s1) - m_s
+        m_1 = target.of(denoise(x_1, s1), x_1, s1)
         if order == 2:
-            return x_t - (target.gain(t) * math.expm1(hh) / (2 * r1)) * D1, state
-        x_2 = target.first_order(x, m_s, s, s2) - (target.gain(s2) * h_phi(2, r2 * hh) * r2 / r1) * D1
-        D2 = target.of(denoise(x_2, s2), x_2, s2) - m_s
-        return x_t - (target.gain(t) * h_phi(2, hh) / r2) * D2, state
+            return second_order(t, m_1, math.expm1(hh) / (2 * r1)), state
+        x_2 = second_order(s2, m_1, h_phi(2, r2 * hh) * r2 / r1)
+        m_2 = target.of(denoise(x_2, s2), x_2, s2)
+        return second_order(t, m_2, h_phi(2, hh) / r2), state
 
     def nodes(self, step: Step, order: int) -> tuple[tuple[Node, float], tuple[Node, float]]:
         """The two nodes inside the step (order 2: the second is its end) and their places r in half-log-SNR."""

@@ -23,7 +23,8 @@ from evodiff.grid import Step
 from evodiff.schedule import LinearVP, Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.ipndm import ADAMS_BASHFORTH, combine
+from evodiff.solvers.ipndm import ADAMS_BASHFORTH
+from evodiff.solvers.linear import combine, weighted
 from evodiff.solvers.pndm import runge_kutta
 
 CLOCK = LinearVP()
@@ -77,7 +78,7 @@ class TimeShift(Solver):
         if self.method == "ddim":
             return transfer(x, eps, nodes, step.t), past
         past = (eps, *past)[:4]
-        return transfer(x, combine(ADAMS_BASHFORTH[4], list(past)), nodes, step.t), past
+        return transfer(x, combine(*weighted(ADAMS_BASHFORTH[4], past)), nodes, step.t), past
 
     def shifted(self, x: Tensor, step: Step) -> list[Node]:
         """The node at which each image's variance is that of the noise, within the window around s."""

@@ -18,6 +18,7 @@ from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.exponential import PREDICTIONS, Prediction, h_phi
+from evodiff.solvers.linear import combine, unit_weights, weighted
 
 VARIANTS = ("bh1", "bh2", "vary_coeff")
 
@@ -101,19 +102,19 @@ class UniC(Multistep):
 
 
 def unified(solver: UniPC | UniC, step: Step, past: tuple[Past, ...], m_t: Tensor | None = None) -> Tensor:
-    """UniP without m_t, UniC with it: x_t = DDIM - gain_t sum_k rho_k D_k / r_k."""
-    target, p = solver.target, solver.order_at(step)
-    x, m0 = past[-1].x, past[-1].m
-    nodes = past[-p:-1][::-1]
-    rks = [(q.node.lam - step.s.lam) / step.h for q in nodes]
-    D1s = [(q.m - m0) / rk for q, rk in zip(nodes, rks, strict=True)]
+    """UniP without m_t, UniC with it: x_t = DDIM - gain_t sum_k rho_k D_k / r_k, D_k = m_k - m_0."""
+    target, seen = solver.target, past[::-1][: solver.order_at(step)]
+    terms = [q.m for q in seen]
+    rks = [(q.node.lam - step.s.lam) / step.h for q in seen[1:]]
     if m_t is not None:
+        terms.append(m_t)
         rks.append(1.0)
-        D1s.append(m_t - m0)
-    x_t = target.first_order(x, m0, step.s, step.t)
-    for rho, D1 in zip(rhos(rks, target.signed(step.h), solver.variant), D1s, strict=True):
-        x_t = x_t - (target.gain(step.t) * rho) * D1
-    return x_t
+    carry, first = target.first_order_weights(step.s, step.t)
+    m0, *ms = unit_weights(len(terms))
+    w = first * m0
+    for rho, rk, m in zip(rhos(rks, target.signed(step.h), solver.variant), rks, ms, strict=True):
+        w = w - target.gain(step.t) * rho * (m - m0) / rk
+    return combine((carry, past[-1].x), *weighted(w, terms))
 
 
 def rhos(rks: list[float], hh: float, variant: str) -> list[float]:

@@ -1,0 +1,159 @@
+"""What papers report: results/published/*.csv, how a table finds its numbers there, and how far ours may differ."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from evodiff.config import nearest
+from evodiff.errors import ConfigError
+from evodiff.paths import ROOT
+
+FOLDER = ROOT / "results" / "published"
+RELATIVE_SD = 0.01
+"""Standard deviation of one FID of 50,000 images, as a part of its value: EDM (arXiv 2206.00364) puts the random
+variation between runs at +-2 %. For N images it is sqrt(50,000 / N) times that."""
+MIN_OF_3 = 0.559
+"""Variance of the least of three standard normal numbers."""
+STATES = ("missing", "proxy", "ok", "off", "done")
+"""missing: not run; proxy: on fewer images than the paper's; ok, off: within, beyond the tolerance; done: no paper
+to compare with."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One number of a paper. `nfe` as counted here; `value` as printed there, with all its digits."""
+
+    model: str
+    method: str
+    variant: str
+    nfe: int | None
+    metric: str
+    value: str
+    images: str
+    guidance: str
+    source: str
+    table: str
+    confidence: str
+
+    @property
+    def number(self) -> float:
+        return float(self.value)
+
+    @property
+    def rounding(self) -> float:
+        """Half a unit of the last digit printed."""
+        return 0.5 * 10.0 ** -len(self.value.partition(".")[2])
+
+    @property
+    def least_of_3(self) -> bool:
+        """The source reports the least of three runs."""
+        return "min of 3" in self.variant
+
+    @property
+    def cite(self) -> str:
+        return f"{self.source}, {self.table}"
+
+
+@cache
+def read(name: str) -> tuple[Published, ...]:
+    """All numbers of results/published/NAME.csv. Raises ConfigError for an unknown name."""
+    known = sorted(path.stem for path in FOLDER.glob("*.csv"))
+    if name not in known:
+        raise ConfigError(
+            f"no published numbers are called {name}.{nearest(name, known)} Possible: {', '.join(known)}."
+        )
+    found = []
+    with (FOLDER / f"{name}.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            nfe = line.pop("nfe")
+            line.pop("dataset", None)
+            found.append(Published(**line, nfe=int(nfe) if nfe else None))
+    return tuple(found)
+
+
+def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[int, Published]:
+    """By NFE, the numbers that `words` describe: equal in every column named, except that `source` may be cut short.
+
+    `plus` is added to the source's NFE (a source that counts steps of a method that spends more). Raises ConfigError if
+    nothing is described, or one NFE twice.
+    """
+    columns = {k: str(v) for k, v in words.items() if k != "plus"}
+    unknown = sorted(columns.keys() - {"model", "method", "variant", "source", "table", "metric", "guidance"})
+    if unknown:
+        raise ConfigError(f"published: {', '.join(unknown)} is no column; see results/published/README.md")
+    found: dict[int, Published] = {}
+    for p in published:
+        equal = all(getattr(p, k) == v or (k == "source" and p.source.startswith(v)) for k, v in columns.items())
+        if equal and p.nfe is not None:
+            nfe = p.nfe + int(words.get("plus", 0))
+            if nfe in found:
+                raise ConfigError(f"published: {dict(columns)} describes two numbers at NFE {p.nfe}; add a column")
+            found[nfe] = p
+    if not found:
+        raise ConfigError(f"published: nothing is described by {dict(columns)}")
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Our values of one cell (one for each range of seeds done) beside the paper's."""
+
+    values: tuple[float, ...]
+    images: int
+    proxy: bool
+    paper: Published | None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def ours(self) -> float | None:
+        """What stands beside the paper's number: the least of three where the paper takes it, otherwise the mean."""
+        if not self.values:
+            return None
+        return min(self.values) if self.paper is not None and self.paper.least_of_3 else self.mean
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.ours is None or self.paper is None else self.ours - self.paper.number
+
+    @property
+    def tolerance(self) -> float | None:
+        """Two standard deviations of the difference of two such numbers, and half a digit.
+
+        That of one run is measured between our seeds, but not taken below RELATIVE_SD: three seeds may agree by chance.
+        The variance of the mean of k runs is 1/k of one run's, of the least of three 0.559 of it; the paper's number is
+        one run unless it says more.
+        """
+        if self.paper is None or not self.values:
+            return None
+        one = max(RELATIVE_SD * abs(self.paper.number) * math.sqrt(50_000 / self.images), self.sd or 0.0)
+        least = self.paper.least_of_3
+        parts = (MIN_OF_3 if least else 1.0) + (MIN_OF_3 if least and len(self.values) > 2 else 1 / len(self.values))
+        return 2 * one * math.sqrt(parts) + self.paper.rounding
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        if not self.values:
+            return "missing"
+        if self.proxy:
+            return "proxy"
+        if self.difference is None or self.tolerance is None:
+            return "done"
+        return "ok" if abs(self.difference) <= self.tolerance else "off"
+
+
+def unmatched(published: Iterable[Published], matched: Iterable[Published]) -> list[Published]:
+    """The numbers that no cell has: methods without a solver here (trained, searched), or settings not known."""
+    seen = set(matched)
+    return [p for p in published if p not in seen]
