@@ -3,28 +3,29 @@
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from evodiff.config import compose, nearest
+from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import Job, Record, sample_run, score_run
+from evodiff.experiment import Job, sample_run, score_run, store_of
+from evodiff.launchers import register_launchers
 from evodiff.paths import CONFIGS, RESULTS
+from evodiff.record import Record
+from evodiff.sweeps import Action, sweep
 
 SWEEP = ("-m", "--multirun")
 
 
 def run_main(argv: list[str]) -> int:
-    return over_runs("run", sample_and_score, argv)
+    return over_runs("run", Action(sample_and_score, record_line), argv)
 
 
 def sample_main(argv: list[str]) -> int:
-    return over_runs("sample", sample, argv)
+    return over_runs("sample", Action(sample, sampled_line), argv)
 
 
 def score_main(argv: list[str]) -> int:
@@ -32,86 +33,104 @@ def score_main(argv: list[str]) -> int:
         from evodiff.metrics.cli import score_path_main
 
         return score_path_main(argv)
-    return over_runs("score", lambda job: show(score(job)), argv)
+    return over_runs("score", Action(score, record_line), argv)
 
 
-def sample_and_score(job: Job) -> None:
-    if sample(job):
-        record = score(job)
-        show(record)
-        job.tracker.publish(record.key, [record])
+def sample_and_score(job: Job) -> str:
+    """Make and measure a run. The ranks of torchrun share its images, and rank 0 measures them."""
+    if rank() > 0:
+        sample_run(job)
+        if job.reference_run:
+            sample_run(job, job.reference_run)
+        return ""
+    if processes() > 1:
+        finish(job)
+    elif not sample_run(job):
+        return busy_line(job)
+    return score(job)
 
 
-def sample(job: Job) -> bool:
-    if sample_run(job):
-        return True
-    print(
-        f"{job.run.key()}: another process still works on this run; it scores what it finishes",
-        file=sys.stderr,
+def sample(job: Job) -> str:
+    return sampled_line(job) or "" if sample_run(job) else busy_line(job)
+
+
+def score(job: Job) -> str:
+    if job.reference_run:
+        finish(job, job.reference_run)
+    record = score_run(job)
+    job.tracker.publish(record.key, [record])
+    return line(record)
+
+
+def busy_line(job: Job) -> str:
+    return f"{job.run.key()}: another process still works on this run; it scores what it finishes"
+
+
+def record_line(job: Job) -> str | None:
+    record = current_record(job)
+    return line(record) if record else None
+
+
+def current_record(job: Job) -> Record | None:
+    """The run's score.json, if it has what is asked and its images are all there."""
+    store, path = store_of(job), job.run.folder / "score.json"
+    if not path.exists() or store.missing():
+        return None
+    record = Record.read(path)
+    known = (record.protocol, record.shards, record.reference_run)
+    asked = (
+        job.protocol.describe() if job.protocol else None,
+        {shard.file: shard.sha256 for shard in store.shards},
+        job.reference_run.key() if job.reference_run else None,
     )
-    return False
+    return record if known == asked and {*job.metrics} <= {*record.asked} else None
 
 
-def score(job: Job) -> Record:
-    if job.reference_run and not sample_run(job, job.reference_run):
-        raise EvodiffError(
-            f"another process still samples the reference run {job.reference_run.key()}; try again later"
-        )
-    return score_run(job)
+def sampled_line(job: Job) -> str | None:
+    return (
+        None
+        if store_of(job).missing()
+        else f"{job.run.model['name']}/{job.run.key()}  {len(job.run.seed_range)} images"
+    )
 
 
-def show(record: Record) -> None:
+def line(record: Record) -> str:
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
-    print(f"{record.run['model']['name']}/{record.key}  nfe {record.nfe}  {numbers}")
+    return f"{record.run['model']['name']}/{record.key}  nfe {record.nfe}  {numbers}"
 
 
-def over_runs(name: str, action: Callable[[Job], object], argv: list[str]) -> int:
-    """Apply `action` to the run that the overrides describe, or with -m to each of a sweep.
-
-    A failing run of a sweep does not end the others; the exit code is 1 if any failed.
-    """
+def over_runs(name: str, action: Action, argv: list[str]) -> int:
+    """Apply an action to the run that the overrides describe, or with -m to each of a sweep. Returns the exit code."""
     overrides = [arg for arg in argv if not arg.startswith("-")]
-    sweep = any(arg in SWEEP for arg in argv)
-    for one in [overrides] if not sweep else first_of_each(overrides):
-        compose("run", one)  # misspelt keys get our message, not Hydra's
-    failures: list[str] = []
+    register_launchers()
+    if any(arg in SWEEP for arg in argv):
+        if processes() > 1:
+            raise ConfigError(
+                "torchrun shares one run among its processes; for a sweep choose a hydra/launcher instead."
+            )
+        return sweep(action, overrides)
+    compose("run", overrides)  # misspelt keys get our message, not Hydra's
+    failed = False
 
     def task(_: DictConfig) -> None:
-        given = list(HydraConfig.get().overrides.task)
+        nonlocal failed
         try:
-            job = Job.compose(given)
-            action(job)
+            use_own_gpu()
+            if text := action.do(Job.compose(list(HydraConfig.get().overrides.task))):
+                print(text)
         except EvodiffError as e:
-            failures.append(" ".join(given))
-            print(f"evodiff: {e}" + (f" [{' '.join(given)}]" if sweep else ""), file=sys.stderr)
+            failed = True
+            print(f"evodiff: {e}", file=sys.stderr)
         except Exception:
-            failures.append(" ".join(given))
+            failed = True
             traceback.print_exc()
 
-    folders = [f"hydra.{key}={RESULTS / 'runs'}" for key in ("run.dir", "sweep.dir")] + ["hydra.sweep.subdir=."]
-    saved, sys.argv = sys.argv, [f"evodiff {name}", *argv, *folders]
+    saved, sys.argv = sys.argv, [f"evodiff {name}", *argv, f"hydra.run.dir={RESULTS / 'runs'}"]
     try:
         hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()
     finally:
         sys.argv = saved
-    if sweep and failures:
-        print(f"evodiff: {len(failures)} runs of the sweep failed: {'; '.join(failures)}", file=sys.stderr)
-    return int(bool(failures))
-
-
-def first_of_each(overrides: list[str]) -> list[list[str]]:
-    """For every value of every swept override, one list of overrides without a sweep that has it."""
-    try:
-        parsed = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()]
-                  for o in OverridesParser.create().parse_overrides(overrides)]  # fmt: skip
-    except HydraException:
-        return [overrides]
-    keys = [text.partition("=")[0] for text in overrides]
-    longest = max(map(len, parsed), default=1)
-    return [
-        [f"{key}={values[min(i, len(values) - 1)]}" for key, values in zip(keys, parsed, strict=True)]
-        for i in range(longest)
-    ]
+    return int(failed)
 
 
 def table_main(argv: list[str]) -> int:

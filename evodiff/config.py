@@ -26,7 +26,13 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     The chosen file of each group is kept as its `name`. Raises ConfigError, naming the nearest valid key or choice.
     """
-    return _compose(root, tuple(overrides)).copy()
+    cfg = _compose(root, tuple(overrides)).copy()
+    return named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices))
+
+
+def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """What Hydra itself is told by the same configuration and overrides: its launcher and sweeper."""
+    return _compose.__wrapped__(root, tuple(overrides)).hydra  # anew: launchers may have been registered since
 
 
 @cache
@@ -35,12 +41,11 @@ def _compose(root: str, overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            cfg = hydra_compose(root, list(overrides), return_hydra_config=True)
+            return hydra_compose(root, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(root, overrides, e)) from e
     finally:
         Singleton.set_state(outer)
-    return named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices))
 
 
 def named(cfg: DictConfig, choices: Any) -> DictConfig:

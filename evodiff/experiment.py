@@ -25,6 +25,7 @@ from evodiff.models.pretrained import Pretrained
 from evodiff.noise import LegacyNoise, SeededNoise
 from evodiff.paths import RESULTS
 from evodiff.plots import save_grid, save_pngs
+from evodiff.precision import PRECISIONS, prepared
 from evodiff.progress import progress
 from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
 from evodiff.sampling import Generated, generate
@@ -61,6 +62,9 @@ class Run:
     noise: str
     dtype: str
     rounding: str
+    precision: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Run":
@@ -73,9 +77,12 @@ class Run:
             ("threshold", THRESHOLDS),
             ("dtype", DTYPES),
             ("rounding", ROUNDINGS),
+            ("precision", PRECISIONS),
+            ("channels_last", (True, False)),
+            ("compile", (True, False)),
         ):
             if content[key] not in known:
-                raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(known)}.")
+                raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(map(str, known))}.")
         fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "seeds"}
         return cls(**fields, seeds=(seeds.start, seeds.stop - 1))
 
@@ -93,7 +100,8 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """Plain JSON types without what only repeats a default: what the key and the manifest are made of."""
-        return essential(self.as_dict())
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        return {key: value for key, value in essential(self.as_dict()).items() if defaults[key] != value}
 
     def key(self) -> str:
         """`<solver>-nfe<n>-<8 hex>`: the name of the run's folder."""
@@ -226,7 +234,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     if not missing:
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
-    model: Pretrained = build(run.model, device=job.device)
+    model = prepared(build(run.model, device=job.device), run.precision, run.channels_last, run.compile)
     solver, grid = run.plan(model)
     store.check_weights(model.files)
     write_yaml(run.folder / "run.yaml", run.as_dict())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,6 +27,9 @@ COLOURS = (
 )
 """Okabe and Ito's palette, told apart by readers with colour-blindness, and a few more."""
 MARKERS = "osD^vP*X<>"
+STYLES = ("-", "--", ":", "-.")
+TICKS = (3, 5, 10, 20, 50, 100, 200, 500, 1000)
+BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 2) -> None:
@@ -75,41 +79,81 @@ def mosaic(images: np.ndarray, across: int) -> np.ndarray:
     return tiles.transpose(0, 3, 1, 4, 2).reshape(across * height, across * width, channels)
 
 
+class Curve(NamedTuple):
+    """One method over NFE: our values, half the width of their 95 % confidence, and what its paper reports."""
+
+    values: dict[int, float]
+    half_widths: dict[int, float]
+    papers: dict[int, float]
+
+
 def save_curves(
     paths: Sequence[Path],
-    curves: Mapping[str, Mapping[int, float]],
+    curves: Mapping[str, Curve],
     ylabel: str,
     lines: Mapping[str, float] | None = None,
     title: str = "",
 ) -> None:
-    """One line per solver over NFE, logarithmic; `lines` are levels such as the noise floor."""
-    figure, axis = plt.subplots(figsize=(7, 4.4))
-    for i, (label, points) in enumerate(curves.items()):
-        nfes = sorted(points)
-        axis.plot(
-            nfes,
-            [points[n] for n in nfes],
-            MARKERS[i % 10] + "-",
-            color=COLOURS[i % 10],
-            label=label,
-            ms=4.5,
-            lw=1.6,
-        )
+    """One line per method over NFE, logarithmic, with its confidence; papers' points are hollow; `lines` are levels."""
+    figure, axis = plt.subplots(figsize=(7, 4.4) if len(curves) <= 10 else (10, 6))
+    for i, (label, curve) in enumerate(curves.items()):
+        nfes, colour, marker = sorted(curve.values), COLOURS[i % 10], MARKERS[i % 10]
+        style = STYLES[i // 10 % len(STYLES)]
+        ours = [curve.values[n] for n in nfes]
+        axis.plot(nfes, ours, marker + style, color=colour, label=label, ms=4.5, lw=1.6)
+        if curve.half_widths:
+            half = np.array([curve.half_widths.get(n, 0.0) for n in nfes])
+            low = np.maximum(
+                np.array(ours) - half, np.array(ours) / 10
+            )  # a logarithmic axis has no place for less than 0
+            axis.fill_between(nfes, low, np.array(ours) + half, color=colour, alpha=0.18, lw=0)
+        if curve.papers:
+            papers = sorted(curve.papers)
+            axis.plot(papers, [curve.papers[n] for n in papers], marker, mfc="none", mec=colour, ms=7, alpha=0.8)
+            if not nfes:  # nothing of ours in the legend
+                axis.plot([], [], marker, mfc="none", mec=colour, ms=7, label=f"{label} (paper)")
     for label, value in (lines or {}).items():
         axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--")
         axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", fontsize=8, color="#555555")  # fmt: skip
-    nfes = sorted({n for points in curves.values() for n in points})
-    axis.set(xlabel="NFE", ylabel=ylabel, title=title, yscale="log")
-    axis.set_xticks(nfes if len(nfes) <= 12 else nfes[::5])
+    nfes = sorted({n for curve in curves.values() for n in (*curve.values, *curve.papers)})
+    wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
+    axis.set(xlabel="NFE", ylabel=ylabel, title=title, yscale="log", xscale="log" if wide else "linear")
+    if wide:
+        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_xticks([n for n in TICKS if nfes[0] <= n <= nfes[-1]])
+    else:
+        axis.set_xticks(nfes if len(nfes) <= 12 else nfes[::5])
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(fontsize=9, frameon=False)
+    many = len(curves) > 10
+    axis.legend(fontsize=8 if many else 9, frameon=False, **(BESIDE if many else {}))
     figure.tight_layout()
     for path in paths:
         _save(figure, path, close=False)
     plt.close(figure)
+
+
+def save_trajectories(path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
+    """For each method uint8 images [NFE + 1, C, H, W] at falling kappas [NFE], the last image being the sample."""
+    columns = max(len(images) for images, _ in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(0.95 * columns + 1.6, 1.15 * len(rows) + 0.4), squeeze=False
+    )
+    for line, (label, (images, kappas)) in zip(axes, rows.items(), strict=True):
+        names = [f"{kappa:.2g}" for kappa in kappas] + ["sample"]
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image, name in zip(line, images, names, strict=False):
+            axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+            axis.set_title(name, fontsize=7, pad=2)
+        line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+    figure.suptitle(f"D at each noise-to-signal ratio, {title}", fontsize=9)
+    figure.tight_layout(pad=0.3)
+    _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path, close: bool = True) -> None:

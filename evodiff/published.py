@@ -18,6 +18,8 @@ RELATIVE_SD = 0.01
 variation between runs at +-2 %. For N images it is sqrt(50,000 / N) times that."""
 MIN_OF_3 = 0.559
 """Variance of the least of three standard normal numbers."""
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's 97.5 % quantile of 2, 3, ... values."""
 STATES = ("missing", "proxy", "ok", "off", "done")
 """missing: not run; proxy: on fewer images than the paper's; ok, off: within, beyond the tolerance; done: no paper
 to compare with."""
@@ -106,6 +108,8 @@ class Verdict:
     images: int
     proxy: bool
     paper: Published | None
+    standard_error: float | None = None
+    """Of one run, where it was measured (metrics=[..., ci])."""
 
     @property
     def mean(self) -> float:
@@ -114,6 +118,13 @@ class Verdict:
     @property
     def sd(self) -> float | None:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def confidence(self) -> float | None:
+        """Half the width of the mean's 95 % interval: Student's between runs, or from one run's standard error."""
+        if self.sd is not None:
+            return STUDENT[min(len(self.values), len(STUDENT) + 1) - 2] * self.sd / math.sqrt(len(self.values))
+        return 1.96 * self.standard_error if self.values and self.standard_error is not None else None
 
     @property
     def ours(self) -> float | None:
@@ -136,7 +147,8 @@ class Verdict:
         """
         if self.paper is None or not self.values:
             return None
-        one = max(RELATIVE_SD * abs(self.paper.number) * math.sqrt(50_000 / self.images), self.sd or 0.0)
+        assumed = RELATIVE_SD * abs(self.paper.number) * math.sqrt(50_000 / self.images)
+        one = max(assumed, self.sd or 0.0, self.standard_error or 0.0)
         least = self.paper.least_of_3
         parts = (MIN_OF_3 if least else 1.0) + (MIN_OF_3 if least and len(self.values) > 2 else 1 / len(self.values))
         return 2 * one * math.sqrt(parts) + self.paper.rounding

@@ -1,11 +1,8 @@
-"""Tables: the runs that fill one, and its pages (Markdown, LaTeX, CSV, figures, HTML) made from their records."""
+"""Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
-import base64
-import csv
-import html
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,78 +10,183 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff.config import build
+from evodiff import page, text, trajectory
+from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.experiment import Job, Record, Run, sample_run, score_run, store_of
 from evodiff.files import whole_file
 from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
-from evodiff.plots import save_curves, save_sample_sheet
+from evodiff.plots import Curve, save_curves, save_sample_sheet
+from evodiff.published import Published, Verdict, matching, read, unmatched
 from evodiff.tracking import Tracker
+
+PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}
+"""A paper's name of a metric, and ours before the @."""
+SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
+"""NFE of the sample sheet, where a table has many."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its overrides, its budgets, overrides at some of them, and what describes its published numbers."""
+
+    name: str
+    run: tuple[str, ...]
+    nfe: tuple[int, ...]
+    at: tuple[Mapping[str, Any], ...] = ()
+    published: tuple[Mapping[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, content: Any, nfe: Sequence[int], at: Sequence[Mapping[str, Any]]) -> "Row":
+        """From a table's YAML: a list of overrides, or a mapping with `run`, and `nfe`, `at`, `published` as needed."""
+        fields = dict(content) if isinstance(content, Mapping) else {"run": content}
+        if unknown := sorted(fields.keys() - {"run", "nfe", "at", "published"}):
+            raise ConfigError(f"row {name}: {', '.join(unknown)} is no key; possible: run, nfe, at, published")
+        own = tuple(fields.get("at") or ())
+        wrong = [entry for entry in (*at, *own) if entry.keys() not in ({"nfe", "run"}, {"above", "run"})]
+        if wrong:
+            raise ConfigError(f"row {name}: at: expected nfe (a list) or above (a number), and run, not {wrong[0]}")
+        budgets, papers = tuple(fields.get("nfe") or nfe), tuple(fields.get("published") or ())
+        return cls(name, tuple(fields["run"]), budgets, (*at, *own), papers)
+
+    def overrides(self, nfe: int) -> list[str]:
+        """The row's overrides at one NFE; what is said later is stronger."""
+        there = [o for at in self.at if (nfe > at["above"] if "above" in at else nfe in at["nfe"]) for o in at["run"]]
+        return [*self.run, *there]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one NFE: a job for each range of seeds, and the published numbers, the first to be compared with."""
+
+    row: str
+    nfe: int
+    overrides: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    papers: tuple[Published, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.row}, NFE {self.nfe}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of solvers, columns of NFE: each cell is one run with its record."""
+    """Rows of methods, columns of NFE: each cell is one run, or one for each range of seeds, with its records."""
 
-    name: str
+    config: str
     title: str
     base: list[str]
-    rows: Mapping[str, list[str]]
-    nfe: list[int]
+    rows: Mapping[str, Row]
     tracker: Tracker
+    device: str = "auto"
+    seeds: tuple[range, ...] = ()
+    limit: int | None = None
+    published: str | None = None
+    metric: str | None = None
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Table":
         content: Any = OmegaConf.to_container(cfg.table)
-        base = [*content["base"], f"device={cfg.device}"]
-        return cls(content["name"], content["title"], base, content["rows"], content["nfe"], build(cfg.tracker))
-
-    @cached_property
-    def jobs(self) -> dict[tuple[str, int], Job]:
-        """Every cell by (row, NFE). Raises ConfigError if two cells are one run or the protocols differ."""
-        rows = {row: Job.compose([*self.base, *overrides]) for row, overrides in self.rows.items()}
-        jobs = {(row, nfe): job.with_nfe(nfe) for row, job in rows.items() for nfe in self.nfe}
-        keys: dict[str, tuple[str, int]] = {}
-        for cell, job in jobs.items():
-            if (other := keys.setdefault(job.run.key(), cell)) != cell:
-                raise ConfigError(f"table {self.name}: cells {other} and {cell} are the same run {job.run.key()}")
-        protocols = {job.protocol.hash if job.protocol else None for job in jobs.values()}
-        if len(protocols) > 1:
-            raise ConfigError(f"table {self.name} mixes {len(protocols)} scoring protocols; one table has one")
-        return jobs
+        known = {"name", "title", "base", "rows", "nfe", "seeds", "at", "published", "metric"}
+        if unknown := sorted(content.keys() - known):
+            raise ConfigError(f"table {content['name']}: {', '.join(unknown)} is no key; possible: {', '.join(known)}")
+        for key in ("limit", "repeats"):
+            if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
+                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
+        rows = {
+            name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in content["rows"].items()
+        }
+        if (metric := content.get("metric")) is not None and metric not in PAPER_METRICS:
+            raise ConfigError(f"metric={metric} is not known; possible: {', '.join(PAPER_METRICS)}.")
+        seeds = tuple(parse_range(text) for text in (content.get("seeds") or ())[: cfg.repeats])
+        where = (cfg.device, seeds, cfg.limit, content.get("published"), metric)
+        return cls(content["name"], content["title"], content["base"], rows, build(cfg.tracker), *where)
 
     @property
-    def reference(self) -> tuple[Job, Run] | None:
-        """The converged run that every cell's rmse compares with, and a job that can make it."""
-        job = next(iter(self.jobs.values()))
-        return (job, job.reference_run) if job.reference_run else None
+    def name(self) -> str:
+        """A trial has pages of its own."""
+        return self.config if self.limit is None else f"{self.config}-{self.limit}"
+
+    @property
+    def nfe(self) -> list[int]:
+        """All columns."""
+        return sorted({nfe for row in self.rows.values() for nfe in row.nfe})
+
+    @property
+    def papers(self) -> tuple[Published, ...]:
+        """All published numbers of this table."""
+        return read(self.published) if self.published else ()
+
+    @property
+    def papers_only(self) -> list[Published]:
+        """Those that no cell reproduces."""
+        return unmatched(self.papers, (paper for cell in self.cells.values() for paper in cell.papers))
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, int], Cell]:
+        """Every cell by (row, NFE). Raises ConfigError if two are one run, or their protocols differ."""
+        cells: dict[tuple[str, int], Cell] = {}
+        for row in self.rows.values():
+            found = [matching(self.papers, words) for words in row.published]
+            for nfe in row.nfe:
+                overrides = row.overrides(nfe)
+                job = Job.compose([*self.base, f"device={self.device}", *overrides]).with_nfe(nfe)
+                jobs = tuple(_with_seeds(job, seeds) for seeds in self._seeds_of(job))
+                papers = tuple(by_nfe[nfe] for by_nfe in found if nfe in by_nfe)
+                cells[row.name, nfe] = Cell(row.name, nfe, tuple(overrides), jobs, papers)
+        keys: dict[str, Cell] = {}
+        for cell in cells.values():
+            for job in cell.jobs:
+                if (other := keys.setdefault(f"{job.run.model['name']}/{job.run.key()}", cell)) is not cell:
+                    raise ConfigError(
+                        f"table {self.config}: cells {other.label} and {cell.label} are the same run {job.run.key()}"
+                    )
+        protocols = {job.protocol.hash if job.protocol else None for cell in cells.values() for job in cell.jobs}
+        if len(protocols) > 1:
+            raise ConfigError(f"table {self.config} mixes {len(protocols)} scoring protocols; one table has one")
+        return cells
+
+    def _seeds_of(self, job: Job) -> list[range]:
+        whole = self.seeds or (job.run.seed_range,)
+        return [seeds if self.limit is None else seeds[: self.limit] for seeds in whole]
+
+    @property
+    def jobs(self) -> dict[tuple[str, int, int], Job]:
+        """Every run by (row, NFE, k), k the range of seeds; all cells of the first range come first."""
+        found = {(c.row, c.nfe, k): job for c in self.cells.values() for k, job in enumerate(c.jobs)}
+        return dict(sorted(found.items(), key=lambda item: item[0][2]))
+
+    @property
+    def references(self) -> dict[str, tuple[Job, Run]]:
+        """By key, the converged runs that the cells' rmse compares with, and a job that can make each."""
+        found = {}
+        for job in self.jobs.values():
+            if job.reference_run is not None:
+                found.setdefault(job.reference_run.key(), (job, job.reference_run))
+        return found
 
     def make(self) -> int:
         """Sample and score what is missing, write the pages and print the table.
 
         A failing cell does not end the others; its reason is printed and the exit code is 1.
         """
-        todo: list[tuple[str, Job, Run | None]] = [
-            (f"{row}, NFE {n}", job, None) for (row, n), job in self.jobs.items()
-        ]
-        if self.reference:
-            todo.append(("reference run", *self.reference))
-        failures = {}
-        for label, job, run in todo:
-            try:
-                if not sample_run(job, run):
-                    failures[label] = "another process still works on it"
-            except EvodiffError as e:
-                failures[label] = str(e)
-        for label, job, run in todo:
-            try:
-                if label not in failures:
-                    score_run(job, run)
-            except EvodiffError as e:
-                failures[label] = str(e)
-        for label, reason in failures.items():
-            print(f"evodiff: {label}: {reason}", file=sys.stderr)
+        todo: list[tuple[str, Job, Run | None]] = [(f"{r}, NFE {n}", job, None) for (r, n, _), job in self.jobs.items()]
+        todo += [("reference run", job, run) for job, run in self.references.values()]
+        failures: dict[str, list[str]] = {}
+        failed: set[int] = set()
+        for stage in (_sample, score_run):
+            for i, (label, job, run) in enumerate(todo):
+                try:
+                    if i not in failed:
+                        stage(job, run)
+                except EvodiffError as e:
+                    failed.add(i)
+                    failures.setdefault(str(e), []).append(label)
+        for reason, labels in failures.items():
+            several = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+            print(f"evodiff: {labels[0]}{several}: {reason}", file=sys.stderr)
         if self.records:
             self.write()
             self.tracker.publish(self.name, list(self.records.values()))
@@ -92,240 +194,162 @@ class Table:
         return int(bool(failures))
 
     @property
-    def records(self) -> dict[tuple[str, int], Record]:
-        """The records there are."""
+    def records(self) -> dict[tuple[str, int, int], Record]:
+        """The records there are, of this table's protocol."""
         found = {}
-        for cell, job in self.jobs.items():
-            path = self.record_path(job)
-            if path is not None:
-                found[cell] = Record.read(path)
+        for place, job in self.jobs.items():
+            record = self.record_of(job)
+            if record is not None:
+                found[place] = record
         return found
 
-    def record_path(self, job: Job, key: str | None = None) -> Path | None:
-        """A cell's score.json in its run folder, or the copy committed with the table."""
+    def record_of(self, job: Job, key: str | None = None) -> Record | None:
+        """A run's score.json in its folder, or the copy committed with the table; None if neither is there, or if it
+        was scored by another protocol."""
         key = key or job.run.key()
-        places = (job.run.folder.parent / key / "score.json", self.folder / "records" / f"{key}.json")
-        return next((path for path in places if path.exists()), None)
+        wanted = job.protocol.hash if job.protocol else None
+        for path in (job.run.folder.parent / key / "score.json", self.folder / "records" / f"{key}.json"):
+            if path.exists():
+                record = Record.read(path)
+                if (record.protocol or {}).get("hash") == wanted:
+                    return record
+        return None
 
     @property
     def folder(self) -> Path:
         return RESULTS / "tables" / self.name
 
     @property
-    def metrics(self) -> list[str]:
-        return list(dict.fromkeys(name for record in self.records.values() for name in record.metrics))
+    def main_metric(self) -> str | None:
+        """What comes first, and is compared with papers: `fid`, `fd_mnist`, `rmse`, ..., without its N."""
+        if self.metric is not None:
+            return PAPER_METRICS[self.metric]
+        return next((name.split("@")[0] for r in self.records.values() for name in r.metrics), None)
 
-    def values(self, metric: str) -> dict[str, dict[int, float]]:
-        """row -> NFE -> value."""
-        out: dict[str, dict[int, float]] = {row: {} for row in self.rows}
-        for (row, nfe), record in self.records.items():
-            if metric in record.metrics:
-                out[row][nfe] = record.metrics[metric]
-        return out
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics of the records, the main one first."""
+        found = dict.fromkeys(name for record in self.records.values() for name in self.measures(record))
+        if not found and self.metric is not None:
+            found = {f"{self.main_metric}@{self.images}": None}
+        return sorted(found, key=lambda name: name.split("@")[0] != self.main_metric)
+
+    @property
+    def images(self) -> int:
+        """Images of each run."""
+        return len(next(iter(self.jobs.values())).run.seed_range)
+
+    def measures(self, record: Record) -> dict[str, float]:
+        """A record's metrics, and the mean squared error where papers report that."""
+        squared = {f"mse@{record.images}": record.metrics.get(f"rmse@{record.images}", np.nan) ** 2}
+        return (squared if self.metric == "latent MSE" else {}) | record.metrics
+
+    def verdicts(self, metric: str) -> dict[tuple[str, int], Verdict]:
+        """Ours beside the paper's, for every cell."""
+        compared = metric.split("@")[0] == self.main_metric and self.metric is not None
+        records = self.records
+        found = {}
+        for place, cell in self.cells.items():
+            done = [self.measures(records[*place, k]) for k in range(len(cell.jobs)) if (*place, k) in records]
+            values = tuple(measured[metric] for measured in done if metric in measured)
+            paper = cell.papers[0] if compared and cell.papers else None
+            error = done[0].get(metric.replace("@", "_se@")) if done else None
+            found[place] = Verdict(values, self.images, self.proxy, paper, error)
+        return found
+
+    @property
+    def proxy(self) -> bool:
+        """Whether these runs have another number of images than the papers' or the protocol's."""
+        protocol = next(iter(self.jobs.values())).protocol
+        wanted = protocol.n if protocol is not None and self.published else None
+        return self.limit is not None or wanted not in (None, self.images)
+
+    def curves(self, metric: str) -> dict[str, Curve]:
+        """For the figures: ours with their confidence, and the papers'."""
+        curves = {row: Curve({}, {}, {}) for row in self.rows}
+        for (row, nfe), verdict in self.verdicts(metric).items():
+            if verdict.values:
+                curves[row].values[nfe] = verdict.mean
+                if (half := verdict.confidence) is not None:
+                    curves[row].half_widths[nfe] = half
+            if verdict.paper is not None:
+                curves[row].papers[nfe] = verdict.paper.number
+        return {row: curve for row, curve in curves.items() if curve.values or curve.papers}
 
     @cached_property
     def context(self) -> dict[str, dict[str, float]]:
         """Beside each metric: the noise floor (real against real) and the value of the converged sampler."""
         job = next(iter(self.jobs.values()))
         context: dict[str, dict[str, float]] = {metric: {} for metric in self.metrics}
-        if job.protocol is not None:
-            floor = reference_of(job.protocol).provenance.get("noise_floor")
+        if job.protocol is not None and self.records:
+            try:
+                floor = reference_of(job.protocol).provenance.get("noise_floor")
+            except EvodiffError:  # the records came without the reference file
+                floor = None
             for metric in self.metrics:
-                if metric.startswith(job.protocol.metric) and floor is not None:
+                if metric.split("@")[0] == job.protocol.metric and floor is not None:
                     context[metric]["noise floor"] = floor["distance"]
-        if self.reference and (path := self.record_path(job, self.reference[1].key())):
-            record = Record.read(path)
+        for key, (of_job, _) in self.references.items():
+            record = self.record_of(of_job, key)
             for metric in self.metrics:
-                if metric in record.metrics:
+                if record is not None and metric in record.metrics and len(self.references) == 1:
                     context[metric][f"{record.run['solver']['name']} at NFE {record.nfe}"] = record.metrics[metric]
         return context
 
     def write(self) -> None:
-        """All pages into results/tables/<name>, from the records alone; sample sheets where the images are here."""
-        if not self.records:
-            raise EvodiffError(f"table {self.name} has no records yet. `evodiff table {self.name}` makes them.")
+        """All pages into results/tables/<name>, from the records alone; images where their runs are here."""
+        if not self.records and not self.published:
+            raise EvodiffError(f"table {self.config} has no records yet. `evodiff table {self.config}` makes them.")
         self._copy_records()
-        self._write("table.md", f"# {self.title}\n\n{self.markdown()}")
-        self._write("table.tex", self.latex())
-        with whole_file(self.folder / "table.csv") as temporary, temporary.open("w", newline="") as f:
-            csv.writer(f).writerows(self._csv_rows())
+        self._write("table.md", f"# {self.title}\n\n{text.markdown(self)}")
+        self._write("table.tex", text.latex(self))
+        self._write("table.csv", text.table_csv(self))
         for metric in self.metrics:
-            prefix, n = metric.split("@")
-            stem = "fid_vs_nfe" if prefix == self._main_metric() else f"{prefix}_vs_nfe"
-            paths = [self.folder / f"{stem}.{kind}" for kind in ("png", "svg")]
-            save_curves(paths, self.values(metric), metric, self.context[metric], title=f"{metric} against NFE")
-        sheets = self._sheets()
-        if sheets:
+            paths = [self.folder / f"{self.stem(metric)}.{kind}" for kind in ("png", "svg")]
+            save_curves(paths, self.curves(metric), metric, self.context[metric], title=f"{metric} against NFE")
+        if sheets := self._sheets():
             save_sample_sheet(self.folder / "samples.png", sheets)
-        self._write("report.html", self.html())
+        trajectory.save_sheet(self.folder / "trajectories.png", self)
+        self._write("report.html", page.html(self))
 
-    def _main_metric(self) -> str:
-        return self.metrics[0].split("@")[0]
+    def stem(self, metric: str) -> str:
+        prefix = metric.split("@")[0]
+        return "fid_vs_nfe" if prefix == self.main_metric else f"{prefix}_vs_nfe"
 
     def _copy_records(self) -> None:
-        keys = {job.run.key(): job for job in self.jobs.values()}
-        if self.reference:
-            keys[self.reference[1].key()] = self.reference[0]
+        keys = {job.run.key(): job for job in self.jobs.values()} | {k: job for k, (job, _) in self.references.items()}
         for key, job in keys.items():
-            path = self.record_path(job, key)
-            if path is not None and path.parent != self.folder / "records":
-                Record.read(path).write(self.folder / "records" / f"{key}.json")
+            copy = self.folder / "records" / f"{key}.json"
+            record = self.record_of(job, key)
+            if record is not None and not (copy.exists() and Record.read(copy) == record):
+                record.write(copy)
 
     def _sheets(self) -> dict[str, dict[int, np.ndarray]]:
         """The first nine images of each cell whose shards are here."""
         sheets: dict[str, dict[int, np.ndarray]] = {}
-        shown = self.nfe if len(self.nfe) <= 8 else [n for n in self.nfe if n in (5, 6, 8, 10, 12, 15, 20, 25)]
-        for (row, nfe), job in self.jobs.items():
-            if nfe in shown and job.run.folder.exists() and not (store := store_of(job)).missing():
-                sheets.setdefault(row, {})[nfe] = store.first(9)
+        shown = self.nfe if len(self.nfe) <= 8 else [n for n in self.nfe if n in SHOWN]
+        for cell in self.cells.values():
+            job = cell.jobs[0]
+            if cell.nfe in shown and job.run.folder.exists() and not (store := store_of(job)).missing():
+                first = store.first(9)
+                if len(first) == 9:
+                    sheets.setdefault(cell.row, {})[cell.nfe] = first
         return sheets
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, content: str) -> None:
         with whole_file(self.folder / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(content)
 
-    def _csv_rows(self) -> Iterator[list[Any]]:
-        yield ["solver", "nfe", "metric", "value", "images", "seconds", "run"]
-        for (row, nfe), record in self.records.items():
-            for metric, value in record.metrics.items():
-                yield [row, nfe, metric, repr(value), record.images, record.seconds, record.key]
-
-    def markdown(self) -> str:
-        parts = []
-        for metric in self.metrics:
-            values = self.values(metric)
-            best = self._best(metric)
-            lines = [f"| {metric} | " + " | ".join(f"NFE {n}" for n in self.nfe) + " |"]
-            lines.append("|---" + "|---:" * len(self.nfe) + "|")
-            for row, cells in values.items():
-                shown = [
-                    f"**{show(cells[n])}**" if (row, n) in best else show(cells[n]) if n in cells else "missing"
-                    for n in self.nfe
-                ]
-                lines.append(f"| {row} | " + " | ".join(shown) + " |")
-            note = "; ".join(f"{label}: {show(value)}" for label, value in self.context[metric].items())
-            parts.append("\n".join(lines) + (f"\n\n{note}" if note else ""))
-        return "\n\n".join(parts) + "\n\n" + self._footer() + "\n"
-
-    text = markdown
-
-    def _footer(self) -> str:
-        done, total = len(self.records), len(self.jobs)
-        job = next(iter(self.jobs.values()))
-        scored = f"protocol {job.protocol.name} ({job.protocol.hash})" if job.protocol else "no features"
-        return f"{done} of {total} cells done; {scored}; made by `evodiff table {self.name}`."
-
-    def _best(self, metric: str) -> set[tuple[str, int]]:
-        """Cells that are lowest in their column; contrast has no best."""
-        if metric.startswith("contrast"):
-            return set()
-        values = self.values(metric)
-        best = set()
-        for n in self.nfe:
-            column = {row: cells[n] for row, cells in values.items() if n in cells}
-            if column:
-                best.add((min(column, key=column.__getitem__), n))
-        return best
-
-    def latex(self) -> str:
-        parts = []
-        for metric in self.metrics:
-            best, values = self._best(metric), self.values(metric)
-            lines = [r"\begin{tabular}{l" + "r" * len(self.nfe) + "}", r"\toprule"]
-            lines += [f"{_tex(metric)} & " + " & ".join(f"NFE {n}" for n in self.nfe) + r" \\", r"\midrule"]
-            for row, cells in values.items():
-                shown = [
-                    rf"\textbf{{{show(cells[n])}}}" if (row, n) in best else show(cells[n]) if n in cells else "--"
-                    for n in self.nfe
-                ]
-                lines.append(f"{_tex(row)} & " + " & ".join(shown) + r" \\")
-            parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
-        return "\n\n".join(parts) + "\n"
-
-    def html(self) -> str:
-        """One self-contained page: tables, figures, samples, and the commands that made them."""
-        blocks = [f"<h1>{html.escape(self.title)}</h1>", f"<p>{_inline(self._footer())}</p>"]
-        for metric in self.metrics:
-            prefix = metric.split("@")[0]
-            stem = "fid_vs_nfe" if prefix == self._main_metric() else f"{prefix}_vs_nfe"
-            blocks.append(f"<h2>{html.escape(metric)}</h2>")
-            blocks.append(f"<p>{html.escape(EXPLAINED.get(prefix, ''))}</p>")
-            blocks.append(self._html_table(metric))
-            blocks.append(f"<figure>{(self.folder / f'{stem}.svg').read_text().partition('<svg')[1]}"
-                          f"{(self.folder / f'{stem}.svg').read_text().partition('<svg')[2]}</figure>")  # fmt: skip
-        sheet = self.folder / "samples.png"
-        if sheet.exists():
-            data = base64.b64encode(sheet.read_bytes()).decode()
-            blocks.append("<h2>Samples</h2><p>The same nine seeds by every solver at every NFE.</p>")
-            blocks.append(f'<figure><img alt="samples" src="data:image/png;base64,{data}"></figure>')
-        blocks.append("<h2>How each cell was made</h2>")
-        rows = "".join(
-            f"<tr><td>{html.escape(row)}</td><td>{nfe}</td><td><code>{html.escape(self.command(row, nfe))}</code></td>"
-            f"<td>{record.seconds:.1f}</td><td>{html.escape(record.device)}</td></tr>"
-            for (row, nfe), record in self.records.items()
-        )
-        blocks.append(
-            f"<table><tr><th>solver</th><th>NFE</th><th>command</th><th>seconds</th><th>device</th></tr>{rows}</table>"
-        )
-        return PAGE.format(title=html.escape(self.title), body="\n".join(blocks))
-
-    def command(self, row: str, nfe: int) -> str:
-        """What makes one cell by itself."""
-        base = [o for o in self.base if not o.startswith("device=")]
-        return " ".join(["evodiff run", *base, *self.rows[row], f"nfe={nfe}"])
-
-    def _html_table(self, metric: str) -> str:
-        best, values = self._best(metric), self.values(metric)
-        head = "".join(f"<th>NFE {n}</th>" for n in self.nfe)
-        body = ""
-        for row, cells in values.items():
-            tds = "".join(
-                f'<td class="{"best" if (row, n) in best else ""}">{show(cells[n]) if n in cells else "&ndash;"}</td>'
-                for n in self.nfe
-            )
-            body += f"<tr><td>{html.escape(row)}</td>{tds}</tr>"
-        note = "; ".join(f"{label}: {show(value)}" for label, value in self.context[metric].items())
-        return f"<table><tr><th></th>{head}</tr>{body}</table><p>{html.escape(note)}</p>"
+    def text(self) -> str:
+        return text.markdown(self)
 
 
-EXPLAINED = {
-    "fd_mnist": "Fréchet distance between features of the samples and of 5,000 real digits, taken from a small digit "
-    "classifier. Lower is better. It is not FID. It sees the model's bias as well as the solver's error.",
-    "rmse": "Root mean square distance, over pixels in [-1, 1], to the converged solution of the probability-flow ODE "
-    "from the same seeds. Lower is better. It sees the solver's error alone.",
-    "contrast": "Mean standard deviation of an image's pixels, in grey levels: a solver that adds contrast shows here.",
-    "fid": "Fréchet Inception distance under the protocol named above. Lower is better.",
-}
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; white-space: nowrap; }}
-td:has(code) {{ text-align: left; }}
-td.best {{ font-weight: 700; background: #eef6ee; }}
-code {{ font-size: .8rem; }}
-figure {{ margin: 1rem 0; }} img, svg {{ max-width: 100%; height: auto; }}
-</style></head><body>
-{body}
-</body></html>
-"""
+def _sample(job: Job, run: Run | None) -> None:
+    if not sample_run(job, run):
+        raise EvodiffError("another process still works on it")
 
 
-def show(value: float) -> str:
-    """Three significant digits, without an exponent where that reads well."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _tex(text: str) -> str:
-    return "".join("\\" + c if c in "_%&#$" else c for c in text)
-
-
-def _inline(text: str) -> str:
-    first, *rest = text.split("`")
-    return html.escape(first) + "".join(
-        f"<code>{html.escape(part)}</code>" if i % 2 == 0 else html.escape(part) for i, part in enumerate(rest)
-    )
+def _with_seeds(job: Job, seeds: range) -> Job:
+    span = (seeds.start, seeds.stop - 1)
+    reference = job.reference_run and replace(job.reference_run, seeds=span)
+    return replace(job, run=replace(job.run, seeds=span), reference_run=reference)

@@ -9,7 +9,7 @@ from PIL import Image
 from evodiff.compat import import_torchvision
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
-from evodiff.metrics.features import exact_float32, extractor
+from evodiff.metrics.features import extractor
 from evodiff.metrics.resize import resize
 from evodiff.verify.metrics import Check, main, relative, write_random_inception
 
@@ -92,16 +92,6 @@ def test_resize_to_the_same_size_changes_nothing():
     x = images(1, 2, 9, 9)
     for kernel in ("tensorflow", "torch", "clean"):
         assert torch.allclose(resize(x, 9, kernel), x.float(), atol=1e-4)
-
-
-def test_tf32_is_off_inside_and_as_before_outside():
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        with exact_float32():
-            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-        assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Extractors: uint8 images in, features and logits out."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.paths import CHECKPOINTS
+from evodiff.precision import computing
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Extractor:
     def __call__(self, images: Tensor) -> Features:
         """Raises MetricError unless `images` is uint8 [B, channels, H, W], of side `size` where the network has one."""
         check_images(images, self.channels, self.size)
-        with exact_float32():
+        with computing("fp32", self.device):  # TF32 moves Inception features in the third digit
             out = self.forward(images.to(self.device))
         logits, spatial = (None if x is None else x.float().cpu() for x in (out.logits, out.spatial))
         return Features(out.features.float().cpu(), logits, spatial)
@@ -66,18 +66,6 @@ def check_images(images: Tensor, channels: int, size: int | None = None) -> None
         raise MetricError(
             f"this protocol scores {size}x{size} images, and these are {images.shape[3]}x{images.shape[2]}"
         )
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32: it moves Inception features in the third digit."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def mnist_classifier(weights: Path | None, device: torch.device) -> Extractor:

@@ -25,4 +25,5 @@ def ddim(
         shape=(model["in_channels"], size, size),
         files={Path(checkpoint).name: file.sha256},
         device=torch.device(device),
+        networks=(net,),
     )

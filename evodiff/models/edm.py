@@ -24,7 +24,7 @@ class Preconditioned:
         self.class_labels = class_labels
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
-        sigma = torch.tensor(node.kappa, device=x.device)
+        sigma = torch.full((), node.kappa, device=x.device)  # filled there: nothing to wait for
         return self.net(x / node.alpha, sigma, self.class_labels).to(x.dtype)
 
 
@@ -46,4 +46,5 @@ def edm(checkpoint: str, schedule: NoiseSchedule | None = None, device: torch.de
         num_classes=classes,
         files={Path(checkpoint).name: file.sha256},
         device=torch.device(device),
+        networks=(net,),
     )

@@ -35,25 +35,23 @@ def guided_diffusion(
     classifier: str | None = None,
     schedule: str = "own",
     whole_labels: bool = False,
-    half: bool = True,
     device: torch.device | str = "cpu",
 ) -> Pretrained:
     """An ADM network by name or file, and the classifier that can guide it (`guidance=classifier`).
 
     `schedule`: `own`, or `edm` for the same noise levels on EDM's. `whole_labels` rounds the time label to a trained
-    one. `half`: convolutions of the U-Net in float16 on CUDA, as published; everything is float32 elsewhere.
+    one. Published tables were made with precision=fp16.
     """
     net, file = load_network(checkpoint, "guided_diffusion", device)
-    if half and torch.device(device).type == "cuda":
-        net.halve()
     files = {Path(checkpoint).name: file.sha256}
     seen = process(schedule_of(file.schedule), DiscreteTime(file.schedule["num_timesteps"], whole_labels), schedule)
     classes = file.config.get("num_classes") or 0
-    log_p = None
+    log_p, networks = None, [net]
     if classifier is not None:
         guide, guide_file = load_network(classifier, "guided_diffusion_classifier", device)
         files[Path(classifier).name] = guide_file.sha256
         log_p = NoisyClassifier(guide, seen)
+        networks.append(guide)
         classes = classes or guide_file.config["out_channels"]
     size = file.config["image_size"]
     return Pretrained(
@@ -63,6 +61,7 @@ def guided_diffusion(
         files=files,
         device=torch.device(device),
         classifier=log_p,
+        networks=tuple(networks),
     )
 
 

@@ -27,12 +27,11 @@ def latent(
     pipeline: str,
     prompts: str | None = None,
     schedule: str = "own",
-    half: bool = True,
     device: torch.device | str = "cpu",
 ) -> Pretrained:
     """A folder or a hub name that diffusers reads: its U-Net, decoder, betas and, with `prompts`, its text encoder.
 
-    `half`: float16 on CUDA. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
+    Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
     """
     import_torchvision()  # diffusers' models import it, and beside a CPU build of torch it fails without this
     try:
@@ -58,8 +57,7 @@ def latent(
             f"model.prompts, a file with one prompt per line."
         )
     embeddings = embed_prompts(parts["tokenizer"], parts["text_encoder"].to(device), texts) if texts else None
-    dtype = torch.float16 if half and torch.device(device).type == "cuda" else torch.float32
-    model = from_parts(parts["unet"].to(dtype), decoder.to(dtype), parts["scheduler"], embeddings, schedule, device)
+    model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, device)
     files = _files(Path(pipeline)) | ({Path(prompts).name: sha256(Path(prompts))} if prompts is not None else {})
     return dataclasses.replace(model, files=files)
 
@@ -105,6 +103,7 @@ def from_parts(
         num_classes=0 if embeddings is None else len(embeddings) - 1,
         decode=decode,
         device=torch.device(device),
+        networks=(unet,),
     )
 
 

@@ -27,12 +27,14 @@ def mnist_tiny(weights: str = "ema", device: torch.device | str = "cpu") -> Pret
         )
     net = tiny_denoiser()
     net.load_state_dict(load_file(path))
-    denoiser = Preconditioned(net.eval().requires_grad_(False).to(device))
+    net = net.eval().requires_grad_(False).to(device)
+    denoiser = Preconditioned(net)
     return Pretrained(
         lambda labels: denoiser,
         shape=(1, 32, 32),
         files={str(path.relative_to(ROOT)): sha256(path)},
         device=torch.device(device),
+        networks=(net,),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evodiff.denoiser import Denoiser
 from evodiff.schedule import Node
@@ -24,7 +24,7 @@ class Pretrained:
     `denoiser(labels)` is D(x, node) for one batch: `labels` int64 [B], or None for an unconditional model or the
     unconditional branch of guidance. `shape` is [C, H, W] of one sample, in [-1, 1] unless `decode` turns samples into
     images [B, 3, H', W'] in [-1, 1] (latent models). `files` maps each weight file to its sha256, for the records.
-    `classifier` is what classifier guidance follows.
+    `classifier` is what classifier guidance follows; `networks` are the modules that compute, for evodiff.precision.
     """
 
     denoiser: Callable[[Tensor | None], Denoiser]
@@ -34,3 +34,4 @@ class Pretrained:
     files: Mapping[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     classifier: Classifier | None = None
+    networks: tuple[nn.Module, ...] = ()

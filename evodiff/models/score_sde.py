@@ -26,4 +26,5 @@ def score_sde(checkpoint: str, schedule: str = "own", device: torch.device | str
         shape=(data["num_channels"], data["image_size"], data["image_size"]),
         files={Path(checkpoint).name: file.sha256},
         device=torch.device(device),
+        networks=(net,),
     )

@@ -79,7 +79,12 @@ def wrap(
 
     channels, height, width = shape
     wrapped = Pretrained(
-        denoiser, (channels, height, width), num_classes=num_classes, files=files, device=torch.device(device)
+        denoiser,
+        (channels, height, width),
+        num_classes=num_classes,
+        files=files,
+        device=torch.device(device),
+        networks=(model,) if isinstance(model, nn.Module) else (),
     )
     if check:
         _check(wrapped, predicts)

@@ -19,8 +19,8 @@ from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Solver, State
-from evodiff.solvers.exponential import ddim
-from evodiff.solvers.linear import add_
+from evodiff.solvers.exponential import DATA, ddim
+from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
@@ -55,33 +55,26 @@ class BDIA(Solver):
     def step(self, denoise: Denoiser, x: Tensor, step: Step, before: State) -> tuple[Tensor, State]:
         if self.pair:
             check_pair(x)
-            return (self.advance(denoise, x, step) if step.i else x), before
+            return (torch.stack([x[1], self.advance(denoise, x[0], x[1], step)]) if step.i else x), before
         if before is None:
             return ddim(x, denoise(x, step.s), step.s, step.t), x
-        return self.advance(denoise, torch.stack([before, x]), step)[1], x
+        return self.advance(denoise, before, x, step), x
 
-    def advance(self, denoise: Denoiser, pair: Tensor, step: Step) -> Tensor:
-        """(x_-, x) -> (x, x_+) over `step`, which has a previous one."""
-        before, x = pair
-        after, back = self.increments(denoise, x, step)
-        weight = self.weight(step)
-        return torch.stack([x, add_(after, (weight, before), (-weight, back))])
+    def advance(self, denoise: Denoiser, before: Tensor, x: Tensor, step: Step) -> Tensor:
+        """x_+ from x_- and x over `step`, which has a previous one."""
+        w_before, w_x, w_D = self.weights(step)
+        return combine((w_before, before), (w_x, x), (w_D, denoise(x, step.s)))
 
-    def retreat(self, denoise: Denoiser, pair: Tensor, step: Step) -> Tensor:
-        """(x, x_+) -> (x_-, x): `advance` undone."""
-        x, x_t = pair
-        after, back = self.increments(denoise, x, step)
-        return torch.stack([(x_t - after) / self.weight(step) + back, x])
+    def retreat(self, denoise: Denoiser, x: Tensor, after: Tensor, step: Step) -> Tensor:
+        """x_- from x and x_+: `advance` undone."""
+        w_before, w_x, w_D = self.weights(step)
+        return combine((1 / w_before, after), (-w_x / w_before, x), (-w_D / w_before, denoise(x, step.s)))
 
-    def weight(self, step: Step) -> float:
-        """gamma, in the units of x."""
-        return self.gamma * step.t.alpha / step.previous.s.alpha if self.scaled else self.gamma
-
-    @staticmethod
-    def increments(denoise: Denoiser, x: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """DDIM from x at s to t, and back to the node before s."""
-        D = denoise(x, step.s)
-        return ddim(x, D, step.s, step.t), ddim(x, D, step.s, step.previous.s)
+    def weights(self, step: Step) -> tuple[float, float, float]:
+        """Of x_-, x and D in x_+: gamma, in the units of x, and DDIM to t less gamma times DDIM back."""
+        gamma = self.gamma * step.t.alpha / step.previous.s.alpha if self.scaled else self.gamma
+        (x_t, D_t), (x_back, D_back) = (DATA.first_order_weights(step.s, node) for node in (step.t, step.previous.s))
+        return gamma, x_t - gamma * x_back, D_t - gamma * D_back
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Inversion(Solver):
         assert isinstance(self.of, BDIA)
         check_pair(x)
         undone = Step(step.grid, len(step.grid) - 1 - step.i)
-        return (self.of.retreat(denoise, x, undone) if undone.i else x), state
+        return (torch.stack([self.of.retreat(denoise, x[0], x[1], undone), x[0]]) if undone.i else x), state
 
 
 def check_pair(x: Tensor) -> None:

@@ -6,10 +6,14 @@ before and after agree best (variance optimisation). The probe's evaluation is k
 
 What it is, measured: the paper claims second order; this rule converges with first order under a plain Euler end, and
 with its own final rule it does not converge when sigma_end is not small, for that rule scales the image by
-1 - sqrt(kappa_t kappa_s) and adds a damped difference whatever the step size (`tests/test_order.py`, docs in README).
+1 - sqrt(kappa_t kappa_s) and adds a damped difference whatever the step size (`tests/test_solvers_common.py`).
 
 The released code is defined for EDM only. Written in kappa = sigma / alpha it is the same there, and VP and EDM agree
 after scaling by alpha.
+
+All that the method forms (D1, D2, B, the correction) are linear combinations of three images, and all it asks of them
+is their inner products. So they are kept as weights of these images, and a step passes over the image for one
+difference, three inner products and one combination.
 """
 
 import math
@@ -24,25 +28,57 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, State
-from evodiff.solvers.exponential import ddim
+from evodiff.solvers.exponential import DATA, ddim
+from evodiff.solvers.linear import combine
 
 
-class Probe(NamedTuple):
-    """What a step leaves to the next one, which evaluates the network at its arrival and corrects that.
+class Span(NamedTuple):
+    """n images, and their inner products over the pixels of each channel [n, n, B, C, 1, 1].
 
-    With it nothing is computed twice: a step passes over the image for its arrival, two differences, a correction and
-    their inner products.
+    m0 = D at a node, then its change since the node before if there was one, then its change to the node after if that
+    is known. A combination of them is a vector of weights, [n, B, C, 1, 1].
     """
 
-    m0: Tensor
-    """D where the step started."""
-    square: Tensor
-    """<m0, m0>; this and all other inner products and weights are [B, C, 1, 1]."""
-    m1: Tensor
-    """D one node before (m0 itself in the first step)."""
-    D1: Tensor | None = None
-    """The balanced difference m0 - r1 m1 by which the arrival is more than DDIM's: gain D1. None in the first step."""
-    gain: Tensor | None = None
+    images: tuple[Tensor, ...]
+    gram: Tensor
+
+    @classmethod
+    def of(cls, m: Tensor) -> "Span":
+        return cls((m,), inner(m, m)[None, None])
+
+    def to(self, m: Tensor) -> "Span":
+        """With the change from m0 to m."""
+        images = (*self.images, m - self.images[0])
+        row = torch.stack([inner(image, images[-1]) for image in images])
+        return Span(images, torch.cat([torch.cat([self.gram, row[:-1, None]], 1), row[None]]))
+
+    def from_here(self, m: Tensor) -> "Span":
+        """Of m and the change that `to` added."""
+        vectors = [self.vectors()[0], self.unit(-1)]
+        return Span(
+            (m, self.images[-1]), torch.stack([torch.stack([self.dot(a, b) for b in vectors]) for a in vectors])
+        )
+
+    def unit(self, i: int) -> Tensor:
+        eye = torch.eye(len(self.images), dtype=self.gram.dtype, device=self.gram.device)
+        return eye[i, :, None, None, None, None]
+
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """m, m0 and m1 (m0 itself in the first step)."""
+        m0 = self.unit(0)
+        return m0 + self.unit(-1), m0, m0 - self.unit(1) if len(self.images) == 3 else m0
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """<a, b> of two vectors, [B, C, 1, 1]."""
+        return (a[:, None] * self.gram * b).sum((0, 1))
+
+
+class Seen(NamedTuple):
+    """What a step leaves to the next one, which evaluates the network at its arrival and corrects that."""
+
+    span: Span
+    probe: tuple[Tensor, Tensor] | None = None
+    """(r1, gain), each [B, C, 1, 1]: the arrival is DDIM's and gain D1, D1 = m0 - r1 m1. None in the first step."""
 
 
 @dataclass(frozen=True)
@@ -80,64 +116,66 @@ class EVODiff(Multistep):
     def global_order(self) -> float:
         return 1
 
-    def step(self, denoise: Denoiser, x: Tensor, step: Step, before: State) -> tuple[Tensor, State]:
+    def step(self, denoise: Denoiser, x: Tensor, step: Step, seen: State) -> tuple[Tensor, State]:
         m = denoise(x, step.s)
-        if not before:
-            return ddim(x, m, step.s, step.t), Probe(m, dot(m, m), m)
-        onto = ratio(dot(m, before.m0), before.square)
-        if before.D1 is not None:
-            x = self.correct(x, m, self.balanced(onto, step.previous), step.previous, before)
-        return self.predict(x, m, self.balanced(onto, step), step, before)
+        if not seen:
+            return ddim(x, m, step.s, step.t), Seen(Span.of(m))
+        span = seen.span.to(m)
+        carry, w, probe = self.predict(span, step)
+        if seen.probe:
+            w = w + carry * self.correct(span, step.previous, *seen.probe)
+        x_t = combine((carry, x), *zip(w, span.images, strict=True))
+        return x_t, Seen(span.from_here(m), probe) if probe else ()
 
     def predict(  # type: ignore[override]
-        self, x: Tensor, m0: Tensor, r1: Tensor, step: Step, before: Probe
-    ) -> tuple[Tensor, State]:
-        """From x at s, where D is m0, to the probe at t."""
-        s, t, m1 = step.s, step.t, before.m0
-        x_e = ddim(x, m0, s, t)
+        self, span: Span, step: Step
+    ) -> tuple[float, Tensor, tuple[Tensor, Tensor] | None]:
+        """From s, where D is m, to the probe at t: the weights of x and of the images, and (r1, gain)."""
+        s, t = step.s, step.t
+        m, m0, _ = span.vectors()
+        carry, first = DATA.first_order_weights(s, t)
+        x_e = first * m  # and carry x
+        unit = 0.5 * t.sigma * inverse_kappa_step(step)
         if step.left == 1 and self.lower_order_final:
-            return x_e if self.final == "euler" else self.last(x_e, m0, m1, step), ()
-        D1 = torch.addcmul(m0, r1, m1, value=-1)
-        gain = 0.5 * t.sigma * inverse_kappa_step(step) / probe_ratio(r1, step)
-        return torch.addcmul(x_e, gain, D1), Probe(m0, dot(m0, m0), m1, D1, gain)
+            if self.final == "euler":
+                return carry, x_e, None
+            q = t.kappa / s.kappa
+            sf = 1 - math.sqrt(t.kappa * s.kappa)
+            rd = 1 - 0.5 * math.sqrt(q if q < 0.5 else q - 0.5)
+            return sf * carry, sf * x_e + unit * (m - rd * m0), None
+        r1 = self.balanced(span, step)
+        gain = unit / probe_ratio(r1, step)
+        return carry, x_e + gain * (m - r1 * m0), (r1, gain)
 
-    def correct(  # type: ignore[override]
-        self, x: Tensor, m: Tensor, r2: Tensor, step: Step, probe: Probe
-    ) -> Tensor:
-        """The arrival x of `step`, where D is m, with B / zeta in the place of what the probe added to DDIM."""
-        m0, D1, gain = probe.m0, probe.D1, probe.gain
-        assert D1 is not None and gain is not None
-        D2 = torch.addcmul(m, r2, m0, value=-1)
-        D11, D12, D22 = dot(D1, D1), dot(D1, D2), dot(D2, D2)
+    def correct(self, span: Span, step: Step, r1: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        """What the arrival of `step`, where D is m, lacks: B / zeta in the place of what the probe added to DDIM."""
+        m, m0, m1 = span.vectors()
         unit, R = 0.5 * step.t.sigma * inverse_kappa_step(step), log_ratio(step)
+        D1, D2 = m0 - r1 * m1, m - self.balanced(span, step) * m0
 
+        eta: Tensor | float
         if self.eta is None:
-            forward, backward, both = R**2 * D22, D11 / R**2, D12  # of Bn = R D2 / h and Bp = D1 / (R h)
-            eta_star = 0.5 * ratio(forward - backward, forward - 2 * both + backward)
+            B_p, B_n = D1 / R, R * D2  # both times h
+            eta_star = 0.5 * ratio(span.dot(B_n + B_p, B_n - B_p), span.dot(B_n - B_p, B_n - B_p))
             eta = 0.5 * torch.sigmoid(eta_star.abs())
         else:
-            eta = torch.full_like(D11, self.eta)
-        b1, b2 = -eta / R, R * (1 - eta)  # B = b1 D1 + b2 D2
+            eta = self.eta
+        B = -(eta / R) * D1 + R * (1 - eta) * D2
 
         zeta: Tensor | float
         if self.zeta is None:
-            zeta_star = ratio(gain * (D11 - (b1 * D11 + b2 * D12)), D11) / (2 * unit)
+            P = gain * (D1 - B)
+            zeta_star = ratio(span.dot(P, D1), span.dot(D1, D1)) / (2 * unit)
             shift = zeta_star.abs() - self.mu
-            zeta = torch.sigmoid(shift if len(step.grid) <= self.fine_grid else -shift * consistency(probe, step))
+            zeta = torch.sigmoid(shift if len(step.grid) <= self.fine_grid else -shift * consistency(span, step))
         else:
             zeta = self.zeta
-        return torch.addcmul(x, unit / zeta * b1 - gain, D1).addcmul_(unit / zeta * b2, D2)
+        return unit / zeta * B - gain * D1
 
-    def last(self, x_e: Tensor, m0: Tensor, m1: Tensor, step: Step) -> Tensor:
-        """The released last step: a scaled DDIM step and a damped difference."""
-        s, t = step.s, step.t
-        q = t.kappa / s.kappa
-        sf = 1 - math.sqrt(t.kappa * s.kappa)
-        rd = 1 - 0.5 * math.sqrt(q if q < 0.5 else q - 0.5)
-        return sf * x_e + (0.5 * t.sigma * inverse_kappa_step(step)) * (m0 - rd * m1)
-
-    def balanced(self, onto: Tensor, step: Step) -> Tensor:
-        """r of a balanced difference m_a - r m_b: 1 early, later the projection of m_a onto m_b."""
+    def balanced(self, span: Span, step: Step) -> Tensor:
+        """r of a balanced difference m - r m0: 1 early, later the projection of m onto m0."""
+        m, m0, _ = span.vectors()
+        onto = ratio(span.dot(m, m0), span.dot(m0, m0))
         if not self.balance:
             return torch.ones_like(onto)
         first, last = (self.time(step.grid.nodes[i]) for i in (0, -1))
@@ -165,14 +203,14 @@ def probe_ratio(r1: Tensor, step: Step) -> Tensor:
     return (torch.sigmoid(0.25 * r1.abs()) * R).clamp(0.25 * R, 1.5 * R)
 
 
-def consistency(probe: Probe, step: Step) -> Tensor:
+def consistency(span: Span, step: Step) -> Tensor:
     """c of the formula for fine grids: near 1 where D keeps growing, near 0 where it turns."""
-    d = probe.m0 - probe.m1
-    along = ratio(inverse_kappa_step(step) * dot(probe.m0, d), dot(d, d))
+    _, m0, m1 = span.vectors()
+    along = ratio(inverse_kappa_step(step) * span.dot(m0, m0 - m1), span.dot(m0 - m1, m0 - m1))
     return torch.sigmoid(along * (2 - (step.t.kappa / step.s.kappa) ** 2))
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
+def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> over the pixels of each channel, [B, C, 1, 1]."""
     return torch.linalg.vecdot(a.flatten(-2), b.flatten(-2))[..., None, None]
 

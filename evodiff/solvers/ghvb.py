@@ -18,7 +18,7 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Multistep, Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.linear import combine, weighted
+from evodiff.solvers.linear import combine
 
 
 def check_beta(beta: float, name: str) -> None:

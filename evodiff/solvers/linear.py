@@ -1,7 +1,7 @@
 """Linear combinations of images: one new image, one pass over it per term.
 
-A temporary image costs a pass to write and one to read, and on a CPU often the allocation of its pages, which is several
-passes more. So differences of model terms are kept as weights of these terms until the state is built from them.
+A temporary image costs a pass to write and one to read, and on a CPU often the allocation of its pages, which is
+several passes more. So differences of model terms are weights of these terms until the state is built from them.
 """
 
 from collections.abc import Iterable

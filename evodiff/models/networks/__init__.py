@@ -45,6 +45,7 @@ def _edm(config: Config) -> nn.Module:
     }
     networks = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
     settings = dict(config)
+    settings.pop("use_fp16", None)  # the run's precision decides
     class_name = settings.pop("class_name", "EDMPrecond")
     if class_name not in wrappers:
         raise ConfigError(f"edm: class_name={class_name} does not exist; possible: {', '.join(wrappers)}.")

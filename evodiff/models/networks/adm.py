@@ -5,7 +5,6 @@ Keys are those of the published files. `attention_resolutions` are factors of do
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ADMConfig):
         super().__init__()
-        self.config, self.dtype = config, torch.float32
+        self.config = config
         width, emb_channels = config.model_channels, 4 * config.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -91,15 +90,6 @@ class Encoder(nn.Module):
         heads = num_heads if per_head == -1 else channels // per_head
         return AttentionBlock(channels, heads, self.config.use_new_attention_order)
 
-    def halve(self) -> Self:
-        """Convolutions between the first and the last in half precision, as published; the rest stays float32."""
-        self.dtype = torch.float16
-        for name in ("input_blocks", "middle_block", "output_blocks"):
-            for layer in getattr(self, name, nn.Module()).modules():
-                if isinstance(layer, nn.Conv1d | nn.Conv2d):
-                    layer.half()
-        return self
-
     def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         emb = self.time_embed(torch.cat(sinusoids(t, self.config.model_channels, endpoint=False), dim=1))
         conditional = self.config.num_classes is not None
@@ -110,7 +100,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[list[Tensor], Tensor]:
         """The outputs of all input blocks, and of the middle."""
-        h, skips = x.to(self.dtype), []
+        h, skips = x, []
         for block in self.input_blocks:
             h = block(h, emb)
             skips.append(h)

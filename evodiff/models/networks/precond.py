@@ -22,17 +22,16 @@ class Precond(nn.Module):
     """D = c_skip x + c_out F(c_in x, c_noise), for x = x_0 + sigma z.
 
     x [B, C, R, R] in any float dtype, sigma [B] or scalar tensor, class_labels one-hot [B, label_dim] or None.
-    Returns D in float32. F may have more channels than x: those beyond are its variance. With `use_fp16`, F runs in
-    half precision on CUDA. `sigma_min`, `sigma_max`: what the network was trained on.
+    Returns D in float32. F may have more channels than x: those beyond are its variance. `sigma_min`, `sigma_max`: what
+    the network was trained on.
     """
 
     sigma_min: float = 0.0
     sigma_max: float = math.inf
 
-    def __init__(self, model: nn.Module, use_fp16: bool = False):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.use_fp16 = use_fp16
 
     @abstractmethod
     def coefficients(self, sigma: Tensor) -> Coefficients: ...
@@ -46,17 +45,16 @@ class Precond(nn.Module):
     ) -> Tensor:
         x = x.float()
         c = self.coefficients(sigma.float().reshape(-1, 1, 1, 1))
-        dtype = torch.float16 if self.use_fp16 and x.is_cuda else torch.float32
         extra = () if augment_labels is None else (augment_labels,)
-        raw = self.model((c.in_ * x).to(dtype), c.noise.flatten().expand(len(x)), class_labels, *extra)
+        raw = self.model(c.in_ * x, c.noise.flatten().expand(len(x)), class_labels, *extra)
         return c.skip * x + c.out * raw[:, : x.shape[1]].float()
 
 
 class EDMPrecond(Precond):
     """Unit variance at the network's input and target (eq. 7)."""
 
-    def __init__(self, model: nn.Module, sigma_data: float = 0.5, use_fp16: bool = False):
-        super().__init__(model, use_fp16)
+    def __init__(self, model: nn.Module, sigma_data: float = 0.5):
+        super().__init__(model)
         self.sigma_data = sigma_data
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -72,10 +70,8 @@ class EDMPrecond(Precond):
 class VPPrecond(Precond):
     """A DDPM-style network of Song et al. as a function of sigma: F is the noise, its label 999 t."""
 
-    def __init__(
-        self, model: nn.Module, use_fp16: bool = False, beta_d=19.9, beta_min=0.1, M: int = 1000, epsilon_t=1e-5
-    ):
-        super().__init__(model, use_fp16)
+    def __init__(self, model: nn.Module, beta_d=19.9, beta_min=0.1, M: int = 1000, epsilon_t=1e-5):
+        super().__init__(model)
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
         # float32 on purpose: the published value of sigma_min is 2^-10, a rounding away from the exact 0.0010000
         t = torch.tensor([epsilon_t, 1.0], device="cpu")
@@ -98,8 +94,8 @@ class VPPrecond(Precond):
 class VEPrecond(Precond):
     """A score network of Song et al.'s VE process, whose label is log(sigma / 2)."""
 
-    def __init__(self, model: nn.Module, use_fp16: bool = False, sigma_min: float = 0.02, sigma_max: float = 100):
-        super().__init__(model, use_fp16)
+    def __init__(self, model: nn.Module, sigma_min: float = 0.02, sigma_max: float = 100):
+        super().__init__(model)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
@@ -111,8 +107,8 @@ class IDDPMPrecond(Precond):
 
     u: Tensor
 
-    def __init__(self, model: nn.Module, use_fp16: bool = False, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000):
-        super().__init__(model, use_fp16)
+    def __init__(self, model: nn.Module, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000):
+        super().__init__(model)
         self.M = M
         u = torch.zeros(M + 1, device="cpu")
 

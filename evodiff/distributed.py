@@ -1,0 +1,58 @@
+"""One run on many processes: torchrun's ranks, or several commands by hand, on one machine or more.
+
+They share nothing but the run's folder. Each takes shards that nobody has, so there is no collective to hang in, and a
+dead process costs its unfinished shard. The lock of a shard ends with its process, whichever way that ends.
+"""
+
+import os
+import sys
+import time
+
+from evodiff.experiment import Job, Run, sample_run, store_of
+from evodiff.store import SampleStore
+
+POLL = 1.0
+"""Seconds between two looks at a run that others work on."""
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 is the one that scores, and the only one elsewhere."""
+    return int(os.environ.get("RANK", 0))
+
+
+def processes() -> int:
+    """How many torchrun started; 1 elsewhere."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def use_own_gpu() -> None:
+    """Let `cuda` mean the GPU of this rank."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def finish(job: Job, run: Run | None = None) -> None:
+    """Sample until every image of a run is there: wait for the shards of others, and take over those of the dead.
+
+    Raises what sample_run raises.
+    """
+    told = False
+    while not sample_run(job, run):
+        store = store_of(job, run)
+        while (missing := store.missing()) and not any(_free(store, seeds) for seeds in missing):
+            if not told:
+                print(
+                    f"{(run or job.run).key()}: waiting for {sum(map(len, missing))} images that other processes make",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                told = True
+            time.sleep(POLL)
+
+
+def _free(store: SampleStore, seeds: range) -> bool:
+    """Whether nobody works on a missing shard."""
+    with store.claim(seeds) as mine:
+        return mine

@@ -1,0 +1,265 @@
+"""Where the jobs of a sweep run: processes of this machine, Slurm, Ray. Chosen by `hydra/launcher=...`.
+
+Each launcher maps a function over jobs and yields what it returned, or Died, as the jobs finish: a job that fails,
+aborts or is killed costs nothing but itself. Hydra's launcher plugins promise less (one killed worker of the joblib
+plugin ends its sweep), so only their names and fields are taken over; submitit and ray are called directly.
+"""
+
+import importlib
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+from evodiff.errors import ConfigError
+from evodiff.paths import RESULTS
+
+
+@dataclass(frozen=True)
+class Died:
+    """A job whose process ended before the job did."""
+
+    reason: str
+
+
+Function = Callable[[Any], Any]
+
+
+@dataclass
+class Processes:
+    """`n_jobs` processes on this machine, each with a GPU of its own where there are any.
+
+    A process takes one job after the other; after a job that went wrong, a fresh one takes its place, for a CUDA error
+    outlives the job that caused it.
+    """
+
+    n_jobs: int | None = None
+    """None: as many as there are GPUs, or one."""
+
+    def launch(self, function: Function, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield (index of the job, what `function` returned or Died), in the order in which jobs finish."""
+        gpus = visible_gpus()
+        n = min(self.n_jobs or len(gpus) or 1, len(jobs))
+        if n < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs={self.n_jobs} is impossible: expected at least 1.")
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        for i in range(len(jobs)):
+            todo.put(i)
+        workers = [_Worker(gpus[k % len(gpus)] if gpus else None, sharing=n) for k in range(n)]
+
+        def serve(worker: "_Worker") -> None:
+            while True:
+                try:
+                    i = todo.get_nowait()
+                except queue.Empty:
+                    return worker.stop()
+                done.put((i, worker.call(function, jobs[i])))
+
+        try:
+            for worker in workers:
+                threading.Thread(target=serve, args=(worker,), daemon=True).start()
+            for _ in jobs:
+                yield done.get()
+        finally:  # at Ctrl-C: nothing new begins, and each thread finds its process dead
+            while not todo.empty():
+                todo.get_nowait()
+            for worker in workers:
+                worker.kill()
+
+
+class _Worker:
+    """One process that calls functions, with a successor whenever it dies or returns something false."""
+
+    def __init__(self, gpu: str | None, sharing: int):
+        self.gpu, self.sharing = gpu, sharing
+        self.process: Any = None
+
+    def call(self, function: Function, job: Any) -> Any:
+        if self.process is None:
+            context = get_context("spawn")  # a forked child cannot use CUDA
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, self.gpu, self.sharing))
+            self.process.start()
+            theirs.close()
+        try:
+            self.pipe.send((function, job))
+            result = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            result = Died(_how_it_ended(self.process.exitcode))
+        if not result:
+            self.stop()
+        return result
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+            self.process = None
+
+    def kill(self) -> None:
+        if (process := self.process) is not None:
+            process.kill()
+
+
+def _serve(pipe: Any, gpu: str | None, sharing: int) -> None:
+    """What a worker does: call what comes through the pipe until its other end is closed. Imports torch only then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher ends its workers itself
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // sharing)))
+    try:
+        while True:
+            function, job = pipe.recv()
+            pipe.send(function(job))
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        return f"its process was ended by {name}" + (" (out of memory, or by hand)" if name == "SIGKILL" else "")
+    return f"its process ended with exit code {code}"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them, without touching one."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu.strip() not in ("", "-1")][: torch.cuda.device_count()]
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+@dataclass
+class Submitit:
+    """One Slurm job per run, in one array; cluster=local runs the same without Slurm. Needs submitit."""
+
+    cluster: str = "slurm"
+    timeout_min: int = 240
+    cpus_per_task: int | None = None
+    gpus_per_node: int | None = None
+    mem_gb: float | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    array_parallelism: int | None = None
+    additional_parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def launch(self, function: Function, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Submit all jobs, then wait for them. See Processes.launch."""
+        submitit = _library("submitit")
+        executor = submitit.AutoExecutor(folder=str(RESULTS / "submitit"), cluster=self.cluster)
+        generic = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
+        given = {key: value for key, value in asdict(self).items() if key != "cluster" and value}
+        executor.update_parameters(
+            name="evodiff",
+            **{key: given[key] for key in generic if key in given},
+            **{f"slurm_{key}": value for key, value in given.items() if key not in generic},
+        )
+        with executor.batch():
+            submitted = [executor.submit(_Requeued(function), job) for job in jobs]
+        numbers = {id(job): i for i, job in enumerate(submitted)}
+        for job in submitit.helpers.as_completed(submitted):
+            try:
+                result = job.result()
+            except Exception as e:  # submitit's own errors, and whatever the job raised
+                result = Died(f"its Slurm job {job.job_id} ended early ({_first_line(e)}; {job.paths.stderr})")
+            yield numbers[id(job)], result
+
+
+@dataclass(frozen=True)
+class _Requeued:
+    """A function that, when Slurm preempts it or its time is up, is queued again: a run goes on where it stopped."""
+
+    function: Function
+
+    def __call__(self, job: Any) -> Any:
+        return self.function(job)
+
+    def checkpoint(self, job: Any) -> Any:
+        return _library("submitit").helpers.DelayedSubmission(self, job)
+
+
+@dataclass
+class Ray:
+    """One Ray task per run, on the cluster that `address` or RAY_ADDRESS names, or on this machine. Needs ray."""
+
+    address: str | None = None
+    num_cpus: float = 1
+    num_gpus: float | None = None
+    """Per job. None: one where the cluster has any."""
+    max_retries: int = 0
+    """How often a task whose worker dies is started again."""
+
+    def launch(self, function: Function, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """See Processes.launch."""
+        ray = _library("ray")
+        here = not ray.is_initialized()
+        if here:
+            ours = {name: value for name, value in os.environ.items() if name.startswith("EVODIFF_")}
+            quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+            ray.init(address=self.address, runtime_env={"env_vars": ours}, **quiet)
+        try:
+            gpus = self.num_gpus if self.num_gpus is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
+            options = {"num_cpus": self.num_cpus, "num_gpus": gpus, "max_retries": self.max_retries}
+            call = ray.remote(**options)(_call)
+            numbers = {call.remote(function, job): i for i, job in enumerate(jobs)}
+            waiting = list(numbers)
+            while waiting:
+                (ready,), waiting = ray.wait(waiting, num_returns=1)
+                try:
+                    result = ray.get(ready)
+                except Exception as e:  # a dead worker, or whatever the job raised
+                    result = Died(f"its Ray worker ended early ({_first_line(e)})")
+                yield numbers[ready], result
+        finally:
+            if here:
+                ray.shutdown()
+
+
+def _call(function: Function, job: Any) -> Any:
+    return function(job)
+
+
+LAUNCHERS: dict[str, Processes | Submitit | Ray] = {
+    "basic": Processes(n_jobs=1),
+    "joblib": Processes(),
+    "submitit_slurm": Submitit(),
+    "submitit_local": Submitit(cluster="local"),
+    "ray": Ray(),
+}
+"""By the names they have as Hydra plugins."""
+
+
+def register_launchers() -> None:
+    """Make them the choices of `hydra/launcher`, with `hydra.launcher.<field>=` for their fields."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # installed launcher plugins take their names now; ours replace them
+    for name, launcher in LAUNCHERS.items():
+        node = {"_target_": f"evodiff.launchers.{type(launcher).__name__}", **asdict(launcher)}
+        ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="evodiff")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise ConfigError(
+            f"hydra/launcher={name} needs the package {name}, which is not installed: pip install 'evodiff[cluster]'."
+        ) from e
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

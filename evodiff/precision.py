@@ -1,0 +1,74 @@
+"""How networks compute: number format, memory layout, compilation. Never changed silently, and part of a run's name."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from evodiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from evodiff.models.pretrained import Pretrained
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats, and what convolutions and matrix products are cast to; norms and sums stay in float32."""
+
+
+@contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """Networks called inside compute in `precision`; with fp32, on CUDA too, in float32 and not in TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
+    try:
+        dtype = PRECISIONS[precision]
+        with torch.autocast(device.type, dtype) if dtype else torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def prepared(model: "Pretrained", precision: str, channels_last: bool, compile: bool) -> "Pretrained":
+    """The model, its networks computing in `precision` (a key of PRECISIONS), on channels-last memory, or compiled.
+
+    The networks are changed in place. The first call of a compiled network takes a minute, and so does the first of
+    another batch size. Raises ConfigError for what this model or this machine cannot do.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision} does not exist; possible: {', '.join(PRECISIONS)}.")
+    asked = [f"precision={precision}"] * (precision != "fp32") + ["channels_last=true"] * channels_last
+    asked += ["compile=true"] * compile
+    if asked and not model.networks:
+        raise ConfigError(f"{' and '.join(asked)}: this model has no network to which that applies. Leave it out.")
+    if precision == "tf32" and model.device.type != "cuda":
+        raise ConfigError(f"precision=tf32 exists on CUDA only, not on {model.device.type}. Use fp32 or bf16.")
+    if compile and model.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError("compile=true needs a C++ compiler on the CPU, and none was found. Install g++, or leave it.")
+    for network in model.networks:
+        if channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if compile:
+            network.compile()
+    within: Any = partial(_Within, precision=precision, device=model.device)
+    return replace(
+        model,
+        denoiser=lambda labels: within(model.denoiser(labels)),
+        classifier=within(model.classifier) if model.classifier else None,
+    )
+
+
+class _Within:
+    """A denoiser or classifier, called in a precision."""
+
+    def __init__(self, inner: Any, precision: str, device: torch.device):
+        self.inner, self.precision, self.device = inner, precision, device
+        self.schedule = getattr(inner, "schedule", None)
+
+    def __call__(self, *args: Any) -> Tensor:
+        with computing(self.precision, self.device):
+            return self.inner(*args)

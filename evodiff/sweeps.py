@@ -1,0 +1,179 @@
+"""Sweeps: one run for every combination of values, each in a process of its own, with its log in its folder."""
+
+import itertools
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from evodiff.config import build, compose, compose_hydra
+from evodiff.errors import EvodiffError
+from evodiff.experiment import Job, Run
+from evodiff.launchers import Died, register_launchers
+
+MOST = 100
+"""The highest exit code that counts failures; a shell has its own use for those from 126 on."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a command does with a run, and how it knows that nothing is left to do.
+
+    Both return the line that tells the result; `done` returns None while there is something left.
+    """
+
+    do: Callable[[Job], str]
+    done: Callable[[Job], str | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one job: the line to show. False if it failed."""
+
+    text: str
+    failed: bool = False
+
+    def __bool__(self) -> bool:
+        return not self.failed
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values of the swept overrides, the last one fastest, as Hydra's own sweeper has them."""
+    return [list(one) for one in itertools.product(*_values(overrides))]
+
+
+def first_of_each(overrides: Sequence[str]) -> list[list[str]]:
+    """For every value of every swept override, one list of overrides that has it: enough to find a misspelt one."""
+    values = _values(overrides)
+    longest = max(map(len, values), default=1)
+    return [[some[min(i, len(some) - 1)] for some in values] for i in range(longest)]
+
+
+def _values(overrides: Sequence[str]) -> list[list[str]]:
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return [[text] for text in overrides]  # composing it says what is wrong
+    return [
+        [f"{text.partition('=')[0]}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [text]
+        for o, text in zip(parsed, overrides, strict=True)
+    ]
+
+
+def sweep(action: Action, overrides: Sequence[str]) -> int:
+    """Do `action` for every combination of the overrides; returns the number of failures, at most MOST."""
+    register_launchers()
+    own = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
+    settings = compose_hydra("run", own)
+    swept = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
+    swept += [text for text in overrides if text not in own]
+    for one in first_of_each(swept):
+        compose("run", one)
+    return launch(action, combinations(swept), build(settings.launcher))
+
+
+def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
+    """Do `action` for each list of overrides; returns the number of failures, at most MOST.
+
+    What is done starts nothing. A job that fails, aborts or is killed does not end the others.
+    """
+    todo, failures = [], []
+
+    def tell(overrides: list[str], outcome: Outcome) -> None:
+        if outcome:
+            print(outcome.text, flush=True)
+        else:
+            failures.append(" ".join(overrides))
+            print(f"evodiff: {outcome.text} [{' '.join(overrides)}]", file=sys.stderr, flush=True)
+
+    for overrides in jobs:
+        outcome = _already(action, overrides)
+        tell(overrides, outcome) if outcome is not None else todo.append(overrides)
+    if todo:
+        for i, outcome in launcher.launch(partial(work, action.do), todo):
+            if isinstance(outcome, Died):
+                outcome = Outcome(f"{outcome.reason}; the same command runs it again", failed=True)
+                _note(todo[i], outcome.text)
+            tell(todo[i], outcome)
+    if failures:
+        print(f"evodiff: {len(failures)} runs of the sweep failed: {'; '.join(failures)}", file=sys.stderr)
+    return min(len(failures), MOST)
+
+
+def _already(action: Action, overrides: list[str]) -> Outcome | None:
+    """The outcome of a job that needs no process: it is done, or it cannot be composed. None: start it."""
+    try:
+        run = Run.from_config(compose("run", overrides))
+    except EvodiffError as e:
+        return Outcome(str(e), failed=True)
+    if not run.folder.exists():
+        return None
+    try:
+        text = action.done(Job.compose(overrides))
+    except EvodiffError:  # a device that only the workers have, or a folder whose trouble the job itself tells
+        return None
+    return None if text is None else Outcome(text)
+
+
+def work(do: Callable[[Job], str], overrides: list[str]) -> Outcome:
+    """In a worker: do it, with all output, and the traceback of what goes wrong, in log.txt in the run's folder."""
+    try:
+        job = Job.compose(overrides)
+    except EvodiffError as e:
+        return Outcome(str(e), failed=True)
+    log = job.run.folder / "log.txt"
+    with _output_to(log):
+        print(f"# {shlex.join(overrides)}", flush=True)
+        try:
+            text = do(job)
+            print(text, flush=True)
+            return Outcome(text)
+        except EvodiffError as e:
+            print(f"evodiff: {e}", flush=True)
+            return Outcome(str(e), failed=True)
+        except BaseException as e:  # sys.exit as well: it ends one run, not the sweep
+            traceback.print_exc()
+            return Outcome(f"{' '.join(f'{type(e).__name__}: {e}'.split())} (traceback in {log})", failed=True)
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Everything this process prints goes to the end of a file: also what C code and dying interpreters write."""
+    import faulthandler
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    saved = [os.dup(1), os.dup(2)]
+    was_on = faulthandler.is_enabled()
+    try:
+        with log.open("ab") as f:
+            os.dup2(f.fileno(), 1)
+            os.dup2(f.fileno(), 2)
+        faulthandler.enable(2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, old in enumerate(saved, start=1):
+            os.dup2(old, fd)
+            os.close(old)
+        if not was_on:
+            faulthandler.disable()
+
+
+def _note(overrides: list[str], text: str) -> None:
+    """Add a line to a job's log that it could not write itself."""
+    log = Run.from_config(compose("run", overrides)).folder / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as f:
+        f.write(f"evodiff: {text}\n")

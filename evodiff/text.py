@@ -1,0 +1,136 @@
+"""A table as Markdown, LaTeX (booktabs) and CSV, and the commands of its cells."""
+
+import csv
+import io
+import shlex
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from evodiff.published import Verdict
+
+if TYPE_CHECKING:
+    from evodiff.report import Cell, Table
+
+MARKS = {"proxy": "†", "off": "*"}
+"""After a number: taken on fewer images than the paper's; beyond the tolerance of the paper's."""
+NO_BEST = ("contrast", "is_std", "kid_std", "fid_se")
+HIGHER = ("is", "precision", "recall", "density", "coverage")
+
+
+def show(value: float) -> str:
+    """Three significant digits, without an exponent where that reads well."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def best(table: "Table", metric: str) -> set[tuple[str, int]]:
+    """Cells that are best in their column of more than one; contrast has no best."""
+    prefix = metric.split("@")[0]
+    if prefix.startswith(NO_BEST):
+        return set()
+    ours = {place: v.mean for place, v in table.verdicts(metric).items() if v.values}
+    choose = max if prefix.startswith(HIGHER) else min
+    columns = [[place for place in ours if place[1] == nfe] for nfe in table.nfe]
+    return {choose(column, key=ours.__getitem__) for column in columns if column}
+
+
+def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
+    """`2.93±0.02 (2.91)`, the paper's in brackets; with a mark for its state."""
+    paper = f" ({verdict.paper.value})" if verdict.paper is not None else ""
+    if verdict.ours is None:
+        return f"–{paper}" if paper else missing
+    spread = f"±{verdict.sd:.1g}" if verdict.sd is not None else ""
+    return f"{show(verdict.ours)}{spread}{MARKS.get(verdict.state, '')}{paper}"
+
+
+def markdown(table: "Table") -> str:
+    """One table for each metric, their levels, and what was done."""
+    parts = []
+    for metric in table.metrics:
+        lines = [f"| {metric} | " + " | ".join(f"NFE {n}" for n in table.nfe) + " |"]
+        lines.append("|---" + "|---:" * len(table.nfe) + "|")
+        for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", "missing"):
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        notes = [f"{label}: {show(value)}" for label, value in table.context[metric].items()]
+        if any(v.paper for v in table.verdicts(metric).values()):
+            notes.append("in brackets the paper's; * beyond the tolerance, † proxy of fewer images, – not run")
+        parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))
+    return "\n\n".join(parts) + "\n\n" + footer(table) + "\n"
+
+
+def latex(table: "Table") -> str:
+    parts = []
+    for metric in table.metrics:
+        lines = [r"\begin{tabular}{l" + "r" * len(table.nfe) + "}", r"\toprule"]
+        lines += [f"{tex(metric)} & " + " & ".join(f"NFE {n}" for n in table.nfe) + r" \\", r"\midrule"]
+        for row, cells in _grid(table, metric, lambda shown: rf"\textbf{{{shown}}}", "--", tex):
+            lines.append(f"{tex(row)} & " + " & ".join(cells) + r" \\")
+        parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(
+    table: "Table", metric: str, strong: Callable[[str], str], missing: str, escape: Callable[[str], str] = str
+) -> list[tuple[str, list[str]]]:
+    """Rows that have this metric or a paper's number, with every column's text."""
+    verdicts, lead = table.verdicts(metric), best(table, metric)
+    grid = []
+    for row in table.rows:
+        cells = []
+        for nfe in table.nfe:
+            verdict = verdicts.get((row, nfe))
+            shown = "" if verdict is None else escape(ours_and_paper(verdict, missing))
+            cells.append(strong(shown) if (row, nfe) in lead else shown)
+        grid.append((row, cells))
+    return grid
+
+
+def footer(table: "Table") -> str:
+    done, total = len(table.records), len(table.jobs)
+    protocol = next(iter(table.jobs.values())).protocol
+    scored = f"protocol {protocol.name} ({protocol.hash})" if protocol else "no features"
+    runs = "cells" if len(table.cells) == total else "runs"
+    limit = "" if table.limit is None else f" limit={table.limit}"
+    return f"{done} of {total} {runs} done; {scored}; made by `evodiff table {table.config}{limit}`."
+
+
+def table_csv(table: "Table") -> str:
+    """One line for each cell and metric: all digits, what the paper reports, and the verdict."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["solver", "nfe", "metric", "value", "sd", "runs", "images", "seconds"]
+        + ["paper", "confidence", "source", "difference", "tolerance", "state", "keys"]
+    )
+    records = table.records
+    for metric in table.metrics:
+        for (row, nfe), v in table.verdicts(metric).items():
+            cell = table.cells[row, nfe]
+            done = [records[row, nfe, k] for k in range(len(cell.jobs)) if (row, nfe, k) in records]
+            paper = [v.paper.value, v.paper.confidence, v.paper.cite] if v.paper else ["", "", ""]
+            writer.writerow(
+                [row, nfe, metric, _digits(v.ours), _digits(v.sd), len(v.values), table.images]
+                + [round(sum(r.seconds for r in done), 3) if done else "", *paper]
+                + [_digits(v.difference), _digits(v.tolerance), v.state, " ".join(r.key for r in done)]
+            )
+    return out.getvalue()
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def commands(table: "Table", cell: "Cell") -> list[str]:
+    """What makes one cell by itself: one line for each range of seeds, quoted for a shell."""
+    lines = []
+    for job in cell.jobs:
+        first, last = job.run.seeds
+        base = [o for o in table.base if not o.startswith("seeds=")]
+        words = ["evodiff", "run", *base, *cell.overrides, f"nfe={cell.nfe}", f"seeds={first}-{last}"]
+        lines.append(" ".join(shlex.quote(word) for word in words))
+    return lines
+
+
+def tex(text: str) -> str:
+    """Text for LaTeX."""
+    text = "".join("\\" + c if c in "_%&#$" else c for c in text)
+    return text.replace("±", r"$\pm$").replace("†", r"\textsuperscript{\dag}").replace("–", "--")

@@ -1,0 +1,178 @@
+"""Sweeps: no job ends another, failures are counted and logged, and the same command runs only what is missing."""
+
+import os
+import signal
+import sys
+from functools import partial
+
+import pytest
+
+from evodiff import launchers
+from evodiff.config import compose_hydra
+from evodiff.errors import ConfigError
+from evodiff.launchers import Died, Processes, Ray, Submitit
+from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch
+
+MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
+ABRUPT = ["abort", "exit", "kill"]
+
+
+def obey(job):
+    """A job that ends as its name says."""
+    if job == "abort":
+        os.abort()
+    elif job == "exit":
+        os._exit(7)
+    elif job == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return f"{job} done"
+
+
+def outcomes(launcher, jobs, function=obey):
+    found = dict(launcher.launch(function, jobs))
+    return [found[i] for i in range(len(jobs))]
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_dying_process_costs_its_own_job_only(n_jobs):
+    *died, last = outcomes(Processes(n_jobs), [*ABRUPT, "last"])
+    assert last == "last done"
+    assert died == [
+        Died("its process was ended by SIGABRT"),
+        Died("its process ended with exit code 7"),
+        Died("its process was ended by SIGKILL (out of memory, or by hand)"),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "launcher"), [("submitit", Submitit(cluster="local", timeout_min=5)), ("ray", Ray(num_cpus=0.5))]
+)
+def test_a_dying_process_costs_its_own_job_only_elsewhere(library, launcher, tmp_path, monkeypatch):
+    pytest.importorskip(library)
+    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # their workers must find this file
+    *died, last = outcomes(launcher, [*ABRUPT, "last"])
+    assert last == "last done"
+    assert all(isinstance(outcome, Died) and "ended early" in outcome.reason for outcome in died)
+
+
+def meet(folder, name):
+    """Wait until two processes are here; returns the GPUs this one may see."""
+    mine, other = ("a", "b") if name == "first" else ("b", "a")
+    for pipe in sorted((mine, other)):  # opening a pipe waits for its other end
+        with open(folder / pipe, "w" if pipe == mine else "r"):  # noqa: PTH123
+            pass
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_every_gpu_has_one_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "visible_gpus", lambda: ["3", "5"])
+    for pipe in ("a", "b"):
+        os.mkfifo(tmp_path / pipe)
+    assert {*outcomes(Processes(), ["first", "second"], partial(meet, tmp_path))} == {"3", "5"}
+
+
+def test_a_fresh_process_follows_a_failure():
+    """A CUDA error stays with its process: only after success is it used again."""
+    first, second, third = outcomes(Processes(1), ["fine", "", "fine"], pid_or_nothing)
+    assert second is None
+    assert third != first
+    assert len({*outcomes(Processes(1), ["fine", "fine"], pid_or_nothing)}) == 1
+
+
+def pid_or_nothing(job):
+    return os.getpid() if job else None
+
+
+def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
+    with pytest.raises(ConfigError, match="n_jobs=-1 is impossible"):
+        list(Processes(-1).launch(obey, ["fine"]))
+    for library, launcher in (("submitit", Submitit()), ("ray", Ray())):
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ConfigError, match=rf"needs the package {library}, which is not installed"):
+            list(launcher.launch(obey, ["fine"]))
+
+
+def test_hydra_knows_the_launchers_by_their_usual_names():
+    launchers.register_launchers()
+    chosen = compose_hydra("run", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]).launcher
+    assert dict(chosen) == {"_target_": "evodiff.launchers.Processes", "n_jobs": 3}
+    assert compose_hydra("run", ["hydra/launcher=submitit_slurm"]).launcher.cluster == "slurm"
+    assert compose_hydra("run", ["hydra/launcher=ray"]).launcher.max_retries == 0
+    assert compose_hydra("run").launcher.n_jobs == 1
+    with pytest.raises(ConfigError, match="n_job"):
+        compose_hydra("run", ["hydra.launcher.n_job=3"])
+
+
+def test_combinations_are_hydras():
+    assert combinations(["a=1,2", "b=x", "c=3,4"]) == [
+        [f"a={a}", "b=x", f"c={c}"] for a in (1, 2) for c in (3, 4)
+    ]  # fmt: skip
+    assert combinations(["nfe=range(5,8)"]) == [["nfe=5"], ["nfe=6"], ["nfe=7"]]
+    assert combinations(["metrics=[fid,is],[kid]"]) == [["metrics=[fid,is]"], ["metrics=[kid]"]]
+    assert combinations(["+a=1,2"]) == [["+a=1"], ["+a=2"]]
+    assert first_of_each(["a=1,2,3", "b=4,5"]) == [["a=1", "b=4"], ["a=2", "b=5"], ["a=3", "b=5"]]
+
+
+def misbehave(job):
+    """What an action may do to a sweep: NFE 5 works, 6 raises, 7 exits, 8 is killed."""
+    print("at work")
+    if job.run.nfe == 6:
+        raise RuntimeError("a CUDA error")
+    if job.run.nfe == 7:
+        sys.exit("enough")
+    if job.run.nfe == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (job.run.folder / "done").touch()
+    return f"nfe {job.run.nfe} done"
+
+
+def behave(job):
+    (job.run.folder / "done").touch()
+    return f"nfe {job.run.nfe} done"
+
+
+def whether_done(job):
+    return f"nfe {job.run.nfe} was done" if (job.run.folder / "done").exists() else None
+
+
+def test_failures_are_logged_where_they_happened_counted_and_repeated(results, capsys):
+    jobs = [[*MIXTURE, "solver=ddim", f"nfe={nfe}"] for nfe in (5, 6, 7, 8, 0)]
+    assert launch(Action(misbehave, whether_done), jobs, Processes(1)) == 4
+    out, err = capsys.readouterr()
+    assert out == "nfe 5 done\n"
+    assert "RuntimeError: a CUDA error (traceback in" in err
+    assert "SystemExit: enough" in err
+    assert "ended by SIGKILL (out of memory, or by hand); the same command runs it again" in err
+    assert "nfe=0 is impossible" in err
+    assert "4 runs of the sweep failed" in err
+    logs = {path.parent.name.split("-")[1]: path.read_text() for path in results.rglob("log.txt")}
+    assert all("at work" in log for log in logs.values())
+    assert "Traceback (most recent call last)" in logs["nfe6"]
+    assert "in misbehave" in logs["nfe6"]
+    assert "SystemExit: enough" in logs["nfe7"]
+    assert "ended by SIGKILL" in logs["nfe8"]
+
+    assert launch(Action(behave, whether_done), jobs[:4], Processes(2)) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "nfe 5 was done"
+    assert sorted(out[1:]) == ["nfe 6 done", "nfe 7 done", "nfe 8 done"]
+
+
+def test_the_exit_code_stays_a_count(results, capsys):
+    assert launch(Action(misbehave, whether_done), [["nfe=0"]] * (MOST + 30), Processes(1)) == MOST
+
+
+def test_the_same_sweep_again_runs_only_what_is_missing(evodiff_command, results):
+    sweep = ["run", "-m", *MIXTURE, "solver=ddim,evodiff", "nfe=5", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    code, first, _ = evodiff_command(*sweep)
+    assert code == 0
+    folder = next((results / "runs" / "mixture").glob("evodiff-*"))
+    (folder / "score.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*") if path.is_file() and path.parent != folder}
+    code, second, _ = evodiff_command(*sweep)
+    assert code == 0
+    assert sorted(second.splitlines()) == sorted(first.splitlines())
+    assert (folder / "log.txt").read_text().count("# model=mixture") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
