@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from evodiff.background import OneBehind, one_ahead
 from evodiff.config import build, compose, essential, nearest, parse_range
 from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
 from evodiff.errors import ConfigError, StoreError
@@ -22,7 +25,7 @@ from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol, from_dict
 from evodiff.metrics.score import METRICS, Scorer, files_used
 from evodiff.models.pretrained import Pretrained
-from evodiff.noise import LegacyNoise, SeededNoise
+from evodiff.noise import LegacyNoise, Noise, SeededNoise
 from evodiff.paths import RESULTS
 from evodiff.plots import save_grid, save_pngs
 from evodiff.precision import PRECISIONS, prepared
@@ -238,16 +241,16 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     solver, grid = run.plan(model)
     store.check_weights(model.files)
     write_yaml(run.folder / "run.yaml", run.as_dict())
-    with progress(run.key(), sum(map(len, missing))) as advance:
+    with progress(run.key(), sum(map(len, missing))) as advance, OneBehind() as behind:
         for seeds in missing:
-            with store.claim(seeds) as mine:
-                if mine:
+            with ExitStack() as claim:
+                if claim.enter_context(store.claim(seeds)):
                     started, batches = time.monotonic(), []
                     for batch in sample_batches(job, run, model, solver, grid, seeds):
                         batches.append(batch)
                         advance(len(batch.seeds))
-                    seconds = time.monotonic() - started
-                    write_shard(job, run, store, model, scorer, seeds, batches, seconds)
+                    shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
+                    behind(write_shard, run.folder, store, model, shard, claim.pop_all())
     if store.missing():
         return False
     preview = store.first(PREVIEW)
@@ -259,11 +262,17 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
 def sample_batches(
     job: Job, run: Run, model: Pretrained, solver: Solver, grid: TimeGrid, seeds: range
 ) -> Iterator[Generated]:
-    for first in range(seeds.start, seeds.stop, job.batch):
-        batch = range(first, min(first + job.batch, seeds.stop))
-        noise = NOISES[run.noise](batch)
-        yield generate(
-            denoiser_for(run, model, noise),
+    """The images of `seeds`, on the CPU, `job.batch` at a time."""
+
+    def drawn(batch: range) -> tuple[range, Noise, Tensor | None]:
+        noise: Noise = NOISES[run.noise](batch)
+        noise.latents(model.shape)
+        return batch, noise, noise.labels(model.num_classes) if model.num_classes else None
+
+    batches = (range(a, min(a + job.batch, seeds.stop)) for a in range(seeds.start, seeds.stop, job.batch))
+    for batch, noise, labels in one_ahead(drawn, batches):
+        generated = generate(
+            denoiser_for(run, model, labels),
             solver,
             grid,
             batch,
@@ -275,46 +284,62 @@ def sample_batches(
             rounding=run.rounding,
             decode=model.decode,
         )
+        x = generated.x.float().cpu() if job.keeps_states else generated.x[:0]
+        yield replace(generated, x=x, images=generated.images.cpu())
 
 
-def denoiser_for(run: Run, model: Pretrained, noise: Any) -> Denoiser:
-    """The denoiser of one batch: labels drawn, guided, thresholded."""
-    labels = noise.labels(model.num_classes).to(model.device) if model.num_classes else None
+def denoiser_for(run: Run, model: Pretrained, labels: Tensor | None) -> Denoiser:
+    """The denoiser of one batch: guided towards its labels, thresholded."""
+    labels = None if labels is None else labels.to(model.device)
     return THRESHOLDS[run.threshold](build(run.guidance)(model, labels))
 
 
-def write_shard(
-    job: Job,
-    run: Run,
-    store: SampleStore,
-    model: Pretrained,
-    scorer: Scorer | None,
-    seeds: range,
-    batches: list[Generated],
-    seconds: float,
-) -> None:
-    """One shard of what `save` keeps: images, or their features alone."""
-    arrays = {}
+@dataclass(frozen=True)
+class MadeShard:
+    """What is to be written of some seeds; `pngs` are the images again, for a file each."""
+
+    seeds: range
+    arrays: Mapping[str, np.ndarray]
+    nfe: int
+    seconds: float
+    protocol: str | None
+    pngs: np.ndarray | None
+
+
+def shard_of(
+    job: Job, run: Run, scorer: Scorer | None, seeds: range, batches: list[Generated], seconds: float
+) -> MadeShard:
+    """What `save` keeps of finished batches: images, or their features alone."""
+    arrays: dict[str, np.ndarray] = {}
     if scorer is not None:
         features = [scorer.extracted(batch.images) for batch in batches]
         for name in scorer.needs:
             arrays[name] = np.concatenate([getattr(part, name).numpy() for part in features])
+    images = np.concatenate([batch.images.numpy() for batch in batches])
     if job.save not in FEATURES_ONLY:
-        arrays["images"] = np.concatenate([batch.images.cpu().numpy() for batch in batches])
+        arrays["images"] = images
     if job.keeps_states:
-        arrays["x"] = np.concatenate([batch.x.float().cpu().numpy() for batch in batches])
+        arrays["x"] = np.concatenate([batch.x.numpy() for batch in batches])
     if job.save == "grid" and (kept := PREVIEW - (seeds.start - run.seeds[0])) > 0:
-        arrays["preview"] = np.concatenate([batch.images.cpu().numpy() for batch in batches])[:kept]
-    if job.save == "png":
-        save_pngs(run.folder / "png", seeds, arrays["images"])
-    store.write(
-        seeds,
-        arrays,
-        nfe=max(batch.nfe for batch in batches),
-        seconds=seconds,
-        weights=model.files,
-        protocol=job.protocol.hash if scorer is not None and job.protocol else None,
-    )
+        arrays["preview"] = images[:kept]
+    protocol = scorer.protocol.hash if scorer is not None else None
+    nfe = max(batch.nfe for batch in batches)
+    return MadeShard(seeds, arrays, nfe, seconds, protocol, images if job.save == "png" else None)
+
+
+def write_shard(folder: Path, store: SampleStore, model: Pretrained, shard: MadeShard, claim: ExitStack) -> None:
+    """Write it, and let go of the seeds."""
+    with claim:
+        if shard.pngs is not None:
+            save_pngs(folder / "png", shard.seeds, shard.pngs)
+        store.write(
+            shard.seeds,
+            shard.arrays,
+            nfe=shard.nfe,
+            seconds=shard.seconds,
+            weights=model.files,
+            protocol=shard.protocol,
+        )
 
 
 def score_run(job: Job, run: Run | None = None) -> Record:

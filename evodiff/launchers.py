@@ -21,9 +21,12 @@ from evodiff.paths import RESULTS
 
 @dataclass(frozen=True)
 class Died:
-    """A job whose process ended before the job did."""
+    """A job whose process ended before the job did. False, as every failure."""
 
     reason: str
+
+    def __bool__(self) -> bool:
+        return False
 
 
 Function = Callable[[Any], Any]

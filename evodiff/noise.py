@@ -1,6 +1,7 @@
 """Random numbers: a sample is its seed, whatever the batch size, the shard or the number of devices."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ class Noise(Protocol):
     """The random numbers of one batch, one image per seed."""
 
     def latents(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal start of the sampler, [B, *shape], float32."""
+        """Standard normal start of the sampler, [B, *shape], float32; the same when asked again."""
         ...
 
     def normal(self, like: Tensor) -> Tensor:
@@ -36,12 +37,18 @@ class SeededNoise:
     def __init__(self, seeds: Sequence[int]):
         self.seeds = tuple(seeds)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self._start: Tensor | None = None
 
     def latents(self, shape: Sequence[int]) -> Tensor:
+        if self._start is None:
+            self._start = self._draw(shape)
+        return self._start
+
+    def _draw(self, shape: Sequence[int]) -> Tensor:
         return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])
 
     def normal(self, like: Tensor) -> Tensor:
-        return self.latents(like.shape[1:]).to(like.device, like.dtype)
+        return self._draw(like.shape[1:]).to(like.device, like.dtype)
 
     def labels(self, num_classes: int) -> Tensor:
         label_stream = 1
@@ -60,18 +67,32 @@ class LegacyNoise:
         self.seeds, self.seed, self.batch = tuple(seeds), seed, batch
 
     def latents(self, shape: Sequence[int]) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        wanted = {index: row for row, index in enumerate(self.seeds)}
-        out = torch.empty(len(self.seeds), *shape)
-        for first in range(0, max(self.seeds) + 1, self.batch):
-            draw = torch.randn((self.batch, *shape), generator=generator)
-            for index in range(first, first + self.batch):
-                if index in wanted:
-                    out[wanted[index]] = draw[index - first]
-        return out
+        draws = _draws(self.seed, (self.batch, *shape))
+        return torch.stack([draws[index // self.batch][index % self.batch] for index in self.seeds])
 
     def normal(self, like: Tensor) -> Tensor:
         raise ConfigError("noise=legacy replays start noise only: a stochastic solver needs noise=seeded")
 
     def labels(self, num_classes: int) -> Tensor:
         raise ConfigError("noise=legacy draws no labels: a class-conditional model needs noise=seeded")
+
+
+class _Draws:
+    """draws[k] is the k-th `torch.randn(shape)` after `torch.manual_seed(seed)`; in rising order each is drawn once."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...]):
+        self.seed, self.shape = seed, shape
+        self.index, self.last = -1, torch.empty(0)
+
+    def __getitem__(self, k: int) -> Tensor:
+        if k < self.index or self.index < 0:
+            self.generator, self.index = torch.Generator().manual_seed(self.seed), -1
+        while self.index < k:
+            self.last = torch.randn(self.shape, generator=self.generator)
+            self.index += 1
+        return self.last
+
+
+@cache
+def _draws(seed: int, shape: tuple[int, ...]) -> _Draws:
+    return _Draws(seed, shape)

@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one NFE: a job for each range of seeds, and the published numbers, the first to be compared with."""
+    """One method at one NFE: a job for each range of seeds, and the published numbers; the first one is compared with."""
 
     row: str
     nfe: int

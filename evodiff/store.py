@@ -86,7 +86,8 @@ class SampleStore:
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
         """Hold a range against other processes; yields False if another one holds or has finished it."""
-        lock = FileLock(self._lock_folder() / f"{shard_name(seeds.start)}.lock")
+        # thread_local=False: the thread that writes the shard lets go of it
+        lock = FileLock(self._lock_folder() / f"{shard_name(seeds.start)}.lock", thread_local=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:

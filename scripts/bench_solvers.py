@@ -38,6 +38,7 @@ from evodiff.solvers.base import Solver
 from evodiff.solvers.dpm_solver_v3 import DPMSolverV3, Statistics
 
 NFE = 10
+IMAGE = (3, 32, 32)
 OFFICIAL, AS_RUN = "official EVODiff: solver", "official EVODiff: with its model wrapper"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -86,7 +87,7 @@ def cases() -> Iterator[tuple[str, Solver, TimeGrid]]:
         yield name, *planned(solver)
         if isinstance(solver, DPMSolverV3):
             lambdas = torch.linspace(-4.5, 6.3, 121, dtype=torch.float64)
-            l, s, b = 0.1 * torch.rand(3, 121, 3, 32, 32, dtype=torch.float64)  # noqa: E741
+            l, s, b = 0.1 * torch.rand(3, 121, *IMAGE, dtype=torch.float64)  # noqa: E741
             yield f"{name} with statistics", *planned(replace(solver, statistics=Statistics(lambdas, l, s, b)))
 
 
@@ -198,7 +199,7 @@ def main(path: Path | None, device: str, batch: int, repeats: int) -> None:
     record = folder / "solvers.json"
     found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     code = official(path) if path else None
-    shape = (batch, 3, 32, 32)
+    shape = (batch, *IMAGE)
     found[device.split(":")[0]] = {
         "machine": machine(device),
         "shape": shape,

@@ -50,3 +50,17 @@ def test_legacy_has_no_noise_for_stochastic_solvers_nor_labels():
         LegacyNoise([0]).normal(torch.zeros(1, *SHAPE))
     with pytest.raises(ConfigError, match="noise=seeded"):
         LegacyNoise([0]).labels(10)
+
+
+@pytest.mark.parametrize("noise", [SeededNoise([3, 4]), LegacyNoise([3, 7], batch=5)])
+def test_the_start_is_the_same_when_asked_again(noise):
+    assert torch.equal(noise.latents(SHAPE), noise.latents(SHAPE))
+
+
+def test_legacy_draws_nothing_twice_in_rising_order(monkeypatch):
+    drawn = []
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(a) or randn(*a, **k))
+    for first in range(0, 40, 4):
+        LegacyNoise(range(first, first + 4), seed=99, batch=8).latents(SHAPE)
+    assert len(drawn) == 5

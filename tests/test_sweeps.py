@@ -6,6 +6,7 @@ import sys
 from functools import partial
 
 import pytest
+from sweep_jobs import meet, obey, pid_or_nothing
 
 from evodiff import launchers
 from evodiff.config import compose_hydra
@@ -15,17 +16,6 @@ from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
 ABRUPT = ["abort", "exit", "kill"]
-
-
-def obey(job):
-    """A job that ends as its name says."""
-    if job == "abort":
-        os.abort()
-    elif job == "exit":
-        os._exit(7)
-    elif job == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return f"{job} done"
 
 
 def outcomes(launcher, jobs, function=obey):
@@ -57,15 +47,6 @@ def test_a_dying_process_costs_its_own_job_only_elsewhere(library, launcher, tmp
     assert all(isinstance(outcome, Died) and "ended early" in outcome.reason for outcome in died)
 
 
-def meet(folder, name):
-    """Wait until two processes are here; returns the GPUs this one may see."""
-    mine, other = ("a", "b") if name == "first" else ("b", "a")
-    for pipe in sorted((mine, other)):  # opening a pipe waits for its other end
-        with open(folder / pipe, "w" if pipe == mine else "r"):  # noqa: PTH123
-            pass
-    return os.environ["CUDA_VISIBLE_DEVICES"]
-
-
 def test_every_gpu_has_one_job(tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "visible_gpus", lambda: ["3", "5"])
     for pipe in ("a", "b"):
@@ -79,10 +60,6 @@ def test_a_fresh_process_follows_a_failure():
     assert second is None
     assert third != first
     assert len({*outcomes(Processes(1), ["fine", "fine"], pid_or_nothing)}) == 1
-
-
-def pid_or_nothing(job):
-    return os.getpid() if job else None
 
 
 def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):

@@ -1,0 +1,71 @@
+// Draws each .chart block of a report from the JSON in it: evodiff/chart.py.
+"use strict";
+const W = 960, H = 430, L = 62, R = 14, T = 12, B = 42, DASH = ["", "7 4", "2 3", "8 3 2 3"];
+function ticks(a, b, log, dense) {
+  if (!log) {
+    const step = [1, 2, 5, 10].map(m => m * 10 ** Math.floor(Math.log10((b - a) / 8))).find(s => (b - a) / s <= 9);
+    const from = Math.ceil(a / step - 1e-9);
+    return Array.from({length: Math.max(0, Math.floor(b / step + 1e-9) - from + 1)}, (_, i) => (from + i) * step);
+  }
+  const out = [], marks = b / a < 30 && dense ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5];
+  for (let e = Math.floor(Math.log10(a)); e <= Math.ceil(Math.log10(b)); e++)
+    for (const m of marks) { const v = m * 10 ** e; if (v >= a * 0.999 && v <= b * 1.001) out.push(v); }
+  return out;
+}
+const text = v => Math.abs(v) >= 1000 ? v.toFixed(0) : String(+v.toPrecision(4));
+const escape = s => s.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&quot;");
+for (const box of document.querySelectorAll(".chart")) {
+  const data = JSON.parse(box.querySelector("script").textContent), off = new Set();
+  const figure = box.querySelector("figure"), legend = box.querySelector(".legend");
+  const on = name => { const i = box.querySelector(`input[name=${name}]`); return i !== null && i.checked; };
+  function draw() {
+    const rows = data.rows.filter(r => !off.has(r.name)), logx = on("logx"), logy = on("logy"), papers = on("papers");
+    const points = rows.flatMap(r => [...r.ours, ...(papers ? r.papers : [])]);
+    const levels = Object.values(data.lines);
+    const ys = [...points.map(p => p[1]), ...levels].filter(v => v > 0 || !logy), xs = points.map(p => p[0]);
+    if (!xs.length || !ys.length) { figure.innerHTML = "<p>nothing to show yet</p>"; return; }
+    let [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+    if (logx) { x0 /= 1.03; x1 *= 1.03; } else { const m = 0.02 * (x1 - x0) || 1; x0 -= m; x1 += m; }
+    if (logy) { y0 /= 1.12; y1 *= 1.12; } else { y0 = Math.min(0, y0); y1 = y1 * 1.04 || 1; }
+    const scale = (v, a, b, log) => log ? Math.log(v / a) / Math.log(b / a) : (v - a) / (b - a);
+    const X = v => L + (W - L - R) * scale(v, x0, x1, logx);
+    const Y = v => H - B - (H - T - B) * scale(logy ? Math.max(v, y0) : v, y0, y1, logy);
+    let s = `<svg viewBox="0 0 ${W} ${H}" role="img" aria-label="${escape(data.label)} against NFE">`;
+    for (const v of ticks(y0, y1, logy, true))
+      s += `<path d="M${L} ${Y(v)}H${W - R}" stroke="#e3e3e3"/><text x="${L - 7}" y="${Y(v) + 4}" text-anchor="end">${text(v)}</text>`;
+    for (const v of ticks(x0, x1, logx, false))
+      s += `<path d="M${X(v)} ${T}V${H - B}" stroke="#efefef"/><text x="${X(v)}" y="${H - B + 17}" text-anchor="middle">${text(v)}</text>`;
+    s += `<text x="${(W + L) / 2}" y="${H - 6}" text-anchor="middle">NFE</text>`;
+    s += `<text transform="translate(13 ${(H - B) / 2}) rotate(-90)" text-anchor="middle">${escape(data.label)}</text>`;
+    for (const [name, v] of Object.entries(data.lines))
+      s += `<path d="M${L} ${Y(v)}H${W - R}" stroke="#555" stroke-dasharray="6 4"/><text x="${W - R - 4}" y="${Y(v) - 4}" text-anchor="end">${escape(name)} ${text(v)}</text>`;
+    for (const r of rows) {
+      s += `<g class="row" data-name="${escape(r.name)}">`;
+      if (on("bands") && r.ours.some(p => p[2] > 0)) {
+        const low = r.ours.map(([n, v, h]) => `${X(n)} ${Y(v - h)}`).reverse(), high = r.ours.map(([n, v, h]) => `${X(n)} ${Y(v + h)}`);
+        s += `<polygon class="band" points="${[...high, ...low].join(" ")}" fill="${r.colour}" opacity=".18"/>`;
+      }
+      const line = r.ours.map(([n, v]) => `${X(n)} ${Y(v)}`).join(" ");
+      s += `<polyline points="${line}" fill="none" stroke="${r.colour}" stroke-width="1.8" stroke-dasharray="${DASH[r.dash % 4]}"/>`;
+      for (const [n, v, h] of r.ours)
+        s += `<circle cx="${X(n)}" cy="${Y(v)}" r="3.2" fill="${r.colour}"><title>${escape(r.name)}, NFE ${n}: ${text(v)}${h ? " ± " + text(h) : ""}</title></circle>`;
+      if (papers) for (const [n, v] of r.papers)
+        s += `<circle class="paper" cx="${X(n)}" cy="${Y(v)}" r="5" fill="none" stroke="${r.colour}" stroke-width="1.4" pointer-events="all"><title>${escape(r.name)}, NFE ${n}: paper ${text(v)}</title></circle>`;
+      s += "</g>";
+    }
+    figure.innerHTML = s + "</svg>";
+  }
+  for (const r of data.rows) {
+    const b = document.createElement("button");
+    b.type = "button"; b.title = "click: show or hide; double-click: this one alone";
+    b.innerHTML = `<i style="border-top: 3px ${r.dash ? "dashed" : "solid"} ${r.colour}"></i>${escape(r.name)}`;
+    b.onclick = () => { off.has(r.name) ? off.delete(r.name) : off.add(r.name); refresh(); };
+    b.ondblclick = () => { off.clear(); for (const other of data.rows) if (other !== r) off.add(other.name); refresh(); };
+    b.onmouseenter = () => { for (const g of figure.querySelectorAll("g.row")) g.classList.toggle("lit", g.dataset.name === r.name); figure.classList.add("dim"); };
+    b.onmouseleave = () => figure.classList.remove("dim");
+    legend.append(b);
+  }
+  function refresh() { [...legend.children].forEach((b, i) => b.classList.toggle("off", off.has(data.rows[i].name))); draw(); }
+  for (const input of box.querySelectorAll("input")) input.onchange = draw;
+  draw();
+}

@@ -1,0 +1,48 @@
+"""The figure of a report: a metric against NFE, drawn in the reader's browser from the numbers beside it."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from evodiff.plots import COLOURS, Curve
+
+
+def chart(curves: dict[str, Curve], lines: dict[str, float], label: str, fallback: str) -> str:
+    """A block that chart.js fills; `fallback` is shown where no script runs."""
+    rows: list[dict[str, Any]] = []
+    for i, (name, curve) in enumerate(curves.items()):
+        points = [[n, curve.values[n], curve.half_widths.get(n, 0)] for n in sorted(curve.values)]
+        papers = [[n, curve.papers[n]] for n in sorted(curve.papers)]
+        rows.append({"name": name, "colour": COLOURS[i % 10], "dash": i // 10, "ours": points, "papers": papers})
+    data = json.dumps({"label": label, "rows": rows, "lines": lines}).replace("</", "<\\/")
+    switches = "".join(
+        f'<label><input type="checkbox" name="{name}"{" checked" if on else ""}> {html.escape(text)}</label>'
+        for name, text, on in SWITCHES
+        if name != "papers" or any(row["papers"] for row in rows)
+    )
+    return (
+        f'<div class="chart"><script type="application/json">{data}</script>'
+        f'<div class="switches">{switches}</div><figure></figure><div class="legend"></div>'
+        f"<noscript>{fallback}</noscript></div>"
+    )
+
+
+SWITCHES = (
+    ("logy", "logarithmic axis", True),
+    ("logx", "logarithmic NFE", False),
+    ("bands", "95 % confidence", True),
+    ("papers", "papers (hollow)", True),
+)
+
+CHART_CSS = """
+.chart figure { margin: .3rem 0; } .chart svg { width: 100%; height: auto; }
+.chart svg text { font: 12px system-ui, sans-serif; fill: #555; }
+.switches label { margin-right: 1.2rem; font-size: .85rem; white-space: nowrap; }
+.legend button { border: 0; background: none; font: .85rem system-ui, sans-serif; padding: .1rem .5rem; }
+.legend button { cursor: pointer; } .legend button.off { opacity: .35; }
+.legend i { display: inline-block; width: 1.4rem; vertical-align: middle; margin-right: .35rem; }
+.chart g.row { transition: opacity .1s; } .chart figure.dim g.row:not(.lit) { opacity: .15; }
+"""
+
+CHART_JS = Path(__file__).with_name("chart.js").read_text()

@@ -1,0 +1,220 @@
+"""A table's report.html: one page that needs nothing else, neither files nor a network."""
+
+import base64
+import html as markup
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evodiff.chart import CHART_CSS, CHART_JS, chart
+from evodiff.published import STATES, Verdict
+from evodiff.text import best, commands, footer, ours_and_paper, show
+
+if TYPE_CHECKING:
+    from evodiff.report import Table
+
+EXPLAINED = {
+    "fd_mnist": "Fréchet distance between features of the samples and of 5,000 real digits, taken from a small digit "
+    "classifier. Lower is better. It is not FID. It sees the model's bias as well as the solver's error.",
+    "rmse": "Root mean square distance, over pixels in [-1, 1], to the converged solution of the probability-flow ODE "
+    "from the same seeds. Lower is better. It sees the solver's error alone.",
+    "contrast": "Mean standard deviation of an image's pixels, in grey levels: a solver that adds contrast shows here.",
+    "fid": "Fréchet Inception distance under the protocol named below. Lower is better.",
+    "is": "Inception Score. Higher is better.",
+    "mse": "Mean squared distance of the latents to the converged ones of the same seeds. Lower is better.",
+}
+STATES_EXPLAINED = {
+    "ok": "within the tolerance of the paper's number",
+    "off": "beyond it",
+    "proxy": "on fewer images than the paper's, not comparable",
+    "missing": "not run yet",
+    "done": "no paper to compare with",
+}
+TOLERANCE = (
+    "Each cell: ours ± the standard deviation between ranges of seeds, and the paper's number below it. The tolerance is "
+    "two standard deviations of the difference (of one run: between our seeds, but at least 1 % of the value at 50,000 "
+    "images, growing with 1/√N), and half a digit of the paper's number. Where a paper reports the least of three runs, "
+    "so do we. Point at a cell for its source."
+)
+
+
+def html(table: "Table") -> str:
+    """The page of the records there are."""
+    blocks = [f"<h1>{_text(table.title)}</h1>", f"<p>{_inline(footer(table))}</p>", _states(table)]
+    for metric in table.metrics:
+        blocks += _metric(table, metric)
+    blocks += _picture(table.folder / "samples.png", "Samples", "The same nine seeds by every method at every NFE.")
+    blocks += _picture(
+        table.folder / "trajectories.png",
+        "Trajectories",
+        "What the network predicts of one seed's image at each evaluation, from noise on the left to the sample.",
+    )
+    blocks += _papers_only(table) + _protocol(table) + _commands(table)
+    return PAGE.replace("TITLE", _text(table.title)).replace("BODY", "\n".join(blocks))
+
+
+def _states(table: "Table") -> str:
+    if table.metric is None:
+        return ""
+    counts = Counter(v.state for v in table.verdicts(table.metrics[0]).values())
+    chips = "".join(
+        f'<span class="chip {state}" title="{_text(STATES_EXPLAINED[state])}">{counts[state]} {state}</span>'
+        for state in STATES
+        if counts[state]
+    )
+    return f"<p>{chips}</p>"
+
+
+def _metric(table: "Table", metric: str) -> list[str]:
+    prefix = metric.split("@")[0]
+    fallback = _image(table.folder / f"{table.stem(metric)}.svg", metric)
+    compared = any(v.paper for v in table.verdicts(metric).values())
+    return [
+        f"<h2>{_text(metric)}</h2><p>{_text(EXPLAINED.get(prefix, ''))}</p>",
+        chart(table.curves(metric), table.context[metric], metric, fallback),
+        f"<p>{_text(TOLERANCE)}</p>" if compared else "",
+        _grid(table, metric),
+    ]
+
+
+def _grid(table: "Table", metric: str) -> str:
+    lead, verdicts = best(table, metric), table.verdicts(metric)
+    head = "".join(f"<th>NFE {n}</th>" for n in table.nfe)
+    body = ""
+    for row in table.rows:
+        tds = ""
+        for nfe in table.nfe:
+            verdict = verdicts.get((row, nfe))
+            if verdict is None:
+                tds += "<td></td>"
+                continue
+            classes = f"{verdict.state}{' best' if (row, nfe) in lead else ''}"
+            tds += f'<td class="{classes}" title="{_text(_told(table, row, nfe, verdict))}">{_cell(verdict)}</td>'
+        body += f"<tr><td>{_text(row)}</td>{tds}</tr>"
+    note = "; ".join(f"{label}: {show(value)}" for label, value in table.context[metric].items())
+    return f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div><p>{_text(note)}</p>"
+
+
+def _cell(verdict: Verdict) -> str:
+    paper = f"<small>{_text(verdict.paper.value)}</small>" if verdict.paper is not None else ""
+    ours = "&ndash;" if verdict.ours is None else _text(ours_and_paper(verdict).partition(" (")[0])
+    return ours + paper
+
+
+def _told(table: "Table", row: str, nfe: int, verdict: Verdict) -> str:
+    told = [f"{row}, NFE {nfe}: {verdict.state}, {STATES_EXPLAINED[verdict.state]}"]
+    if verdict.values:
+        told.append(f"{len(verdict.values)} of {len(table.cells[row, nfe].jobs)} runs")
+    if verdict.difference is not None and verdict.tolerance is not None and not verdict.proxy:
+        told.append(f"difference {verdict.difference:+.3g}, tolerance {verdict.tolerance:.2g}")
+    if verdict.paper is not None:
+        told += [f"{p.value}: {p.cite} ({p.confidence}{', ' if p.variant else ''}{p.variant})"
+                 for p in table.cells[row, nfe].papers]  # fmt: skip
+    return "\n".join(told)
+
+
+def _picture(path: Path, title: str, explained: str) -> list[str]:
+    if not path.exists():
+        return []
+    return [f"<h2>{title}</h2><p>{explained}</p>", f"<figure>{_image(path, title.lower())}</figure>"]
+
+
+def _image(path: Path, alt: str) -> str:
+    if not path.exists():
+        return ""
+    kind = {"png": "image/png", "svg": "image/svg+xml"}[path.suffix[1:]]
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{_text(alt)}" src="data:{kind};base64,{data}">'
+
+
+def _papers_only(table: "Table") -> list[str]:
+    found = table.papers_only
+    if not found:
+        return []
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for p in found:
+        value = p.value if p.nfe is None else f"{p.value}&#8239;@{p.nfe}"
+        grouped.setdefault((p.model, p.method, p.variant, p.metric, p.cite, p.confidence), []).append(value)
+    rows = [[*map(_text, about), ", ".join(values)] for about, values in grouped.items()]
+    return [
+        "<h2>Published only</h2><p>Numbers without a cell above: trained or searched methods, settings that are not "
+        "stated, other networks of the same data.</p>",
+        _details(
+            f"{len(found)} numbers",
+            _rows(["network", "method", "variant", "metric", "source", "confidence", "value @NFE"], rows),
+        ),
+    ]
+
+
+def _protocol(table: "Table") -> list[str]:
+    protocol = next(iter(table.jobs.values())).protocol
+    records = list(table.records.values())
+    facts = list(protocol.describe().items()) if protocol is not None else [("features", "none are taken")]
+    facts += [
+        (f"sha256 of {name}", digest) for r in records[:1] for name, digest in (*r.weights.items(), *r.files.items())
+    ]
+    run = next(iter(table.jobs.values())).run.as_dict()
+    facts += [(key, run[key]) for key in ("model", "guidance", "noise", "dtype", "rounding", "threshold")]
+    facts += [("seeds", ", ".join(sorted({f"{j.run.seeds[0]}-{j.run.seeds[1]}" for j in table.jobs.values()})))]
+    made_by = sorted({", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in records})
+    made_on = sorted({r.device for r in records})
+    facts += [("versions", "; ".join(made_by) or "–"), ("device", "; ".join(made_on) or "–")]
+    return ["<h2>Protocol</h2>", _rows(["", ""], [[_text(str(k)), f"<code>{_text(str(v))}</code>"] for k, v in facts])]
+
+
+def _commands(table: "Table") -> list[str]:
+    records = table.records
+    rows = []
+    for (row, nfe), cell in table.cells.items():
+        for k, command in enumerate(commands(table, cell)):
+            record = records.get((row, nfe, k))
+            seconds = f"{record.seconds:.1f}" if record is not None else "&ndash;"
+            rows.append([_text(row), str(nfe), f"<code>{_text(command)}</code>", seconds])
+    listing = _rows(["method", "NFE", "command", "seconds"], rows)
+    return ["<h2>How each cell is made</h2>", _details(f"{len(rows)} commands", listing, len(rows) <= 30)]
+
+
+def _details(summary: str, content: str, opened: bool = False) -> str:
+    return f"<details{' open' if opened else ''}><summary>{_text(summary)}</summary>{content}</details>"
+
+
+def _rows(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    first = "".join(f"<th>{_text(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<div class=scroll><table class=facts><tr>{first}</tr>{body}</table></div>"
+
+
+def _text(words: str) -> str:
+    return markup.escape(words, quote=True)
+
+
+def _inline(words: str) -> str:
+    """Text whose `code` is marked."""
+    parts = [f"<code>{_text(part)}</code>" if i % 2 else _text(part) for i, part in enumerate(words.split("`"))]
+    return "".join(parts)
+
+
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,">
+<title>TITLE</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+h1 {{ font-size: 1.6rem; line-height: 1.25; }} h2 {{ font-size: 1.25rem; margin-top: 2.2rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }}
+th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
+td.best {{ font-weight: 700; }} td small {{ display: block; color: #777; font-weight: 400; line-height: 1.1; }}
+td.ok, .chip.ok {{ background: #e7f4e8; }} td.off, .chip.off {{ background: #fbe3dd; }}
+td.proxy, .chip.proxy {{ background: #fdf3d6; }} td.missing {{ color: #999; }} .chip.missing {{ background: #eee; }}
+.chip {{ padding: .15rem .6rem; border-radius: 1rem; margin-right: .5rem; font-size: .85rem; background: #eef; }}
+table.facts td, table.facts th {{ text-align: left; }} table.facts code {{ white-space: normal; word-break: break-word; }}
+code {{ font-size: .8rem; }} summary {{ cursor: pointer; }}
+figure {{ margin: 1rem 0; }} img {{ max-width: 100%; height: auto; }}
+{CHART_CSS}</style></head><body>
+BODY
+<script>{CHART_JS}</script>
+</body></html>
+"""
