@@ -1,16 +1,24 @@
-"""Fast diffusion sampling. `evodiff.wrap` makes a model of your own network; everything else is in the submodules."""
+"""Fast diffusion sampling: `evodiff.sample` makes images, `evodiff.wrap` makes a model of your own network,
+`evodiff.register_solver` names a solver of yours. Everything else is in the submodules."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evodiff.api import sample
     from evodiff.models.wrap import wrap
+    from evodiff.plugins import register_solver
 
-__all__ = ["wrap"]
+__all__ = ["register_solver", "sample", "wrap"]
+
+_HOMES = {"register_solver": "evodiff.plugins", "sample": "evodiff.api", "wrap": "evodiff.models.wrap"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "wrap":  # on first use: importing evodiff does not import torch
-        from evodiff.models.wrap import wrap
-
-        return wrap
+    if name in _HOMES:  # on first use: importing evodiff does not import torch
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,8 @@ function ticks(a, b, log, dense) {
     const from = Math.ceil(a / step - 1e-9);
     return Array.from({length: Math.max(0, Math.floor(b / step + 1e-9) - from + 1)}, (_, i) => (from + i) * step);
   }
-  const out = [], marks = b / a < 30 && dense ? [1, 1.5, 2, 3, 4, 5, 6, 8] : [1, 2, 5];
+  const out = [], fine = [1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9];
+  const marks = !dense || b / a >= 40 ? [1, 2, 5] : b / a >= 4 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : fine;
   for (let e = Math.floor(Math.log10(a)); e <= Math.ceil(Math.log10(b)); e++)
     for (const m of marks) { const v = m * 10 ** e; if (v >= a * 0.999 && v <= b * 1.001) out.push(v); }
   return out;

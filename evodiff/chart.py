@@ -40,7 +40,7 @@ CHART_CSS = """
 .chart svg text { font: 12px system-ui, sans-serif; fill: #555; }
 .switches label { margin-right: 1.2rem; font-size: .85rem; white-space: nowrap; }
 .legend button { border: 0; background: none; font: .85rem system-ui, sans-serif; padding: .1rem .5rem; }
-.legend button { cursor: pointer; } .legend button.off { opacity: .35; }
+.legend { margin-bottom: .8rem; } .legend button { cursor: pointer; } .legend button.off { opacity: .35; }
 .legend i { display: inline-block; width: 1.4rem; vertical-align: middle; margin-right: .35rem; }
 .chart g.row { transition: opacity .1s; } .chart figure.dim g.row:not(.lit) { opacity: .15; }
 """

@@ -17,6 +17,7 @@ COMMANDS = {
     ),
     "table": ("evodiff.commands:table_main", "make the runs of a table that are missing, and the table"),
     "report": ("evodiff.commands:report_main", "make a table's pages from the records there are"),
+    "wandb": ("evodiff.commands:wandb_main", "show a table in Weights & Biases: push TABLE"),
     "gits": ("evodiff.gits:main", "a time grid for a model by dynamic programming, for grid=file"),
     "trace": ("evodiff.trace:main", "the conditional variance and entropy along a trajectory"),
     "models": (

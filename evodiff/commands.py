@@ -3,25 +3,28 @@
 import importlib
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from evodiff.config import compose, nearest
+from evodiff.config import build, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.experiment import Job, sample_run, score_run, store_of
-from evodiff.launchers import register_launchers
-from evodiff.paths import CONFIGS, RESULTS
+from evodiff.paths import CONFIGS
 from evodiff.record import Record
-from evodiff.sweeps import Action, sweep
+from evodiff.sweeps import Action, launch, sweep
+
+if TYPE_CHECKING:
+    from evodiff.report import Table
 
 SWEEP = ("-m", "--multirun")
 
 
 def run_main(argv: list[str]) -> int:
-    return over_runs("run", Action(sample_and_score, record_line), argv)
+    return over_runs("run", RUN, argv)
 
 
 def sample_main(argv: list[str]) -> int:
@@ -99,10 +102,12 @@ def line(record: Record) -> str:
     return f"{record.run['model']['name']}/{record.key}  nfe {record.nfe}  {numbers}"
 
 
+RUN = Action(sample_and_score, record_line)
+
+
 def over_runs(name: str, action: Action, argv: list[str]) -> int:
     """Apply an action to the run that the overrides describe, or with -m to each of a sweep. Returns the exit code."""
     overrides = [arg for arg in argv if not arg.startswith("-")]
-    register_launchers()
     if any(arg in SWEEP for arg in argv):
         if processes() > 1:
             raise ConfigError(
@@ -125,7 +130,7 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
             failed = True
             traceback.print_exc()
 
-    saved, sys.argv = sys.argv, [f"evodiff {name}", *argv, f"hydra.run.dir={RESULTS / 'runs'}"]
+    saved, sys.argv = sys.argv, [f"evodiff {name}", *argv, "hydra.run.dir=."]
     try:
         hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()
     finally:
@@ -137,7 +142,47 @@ def table_main(argv: list[str]) -> int:
     from evodiff.report import Table
 
     table = Table.from_config(table_config("table", argv))
+    if processes() > 1:
+        return share_table(table)
+    if any(arg.startswith("hydra/launcher=") for arg in argv):
+        launcher = build(compose_hydra("table", [f"table={argv[0]}", *argv[1:]]).launcher)
+        if failures := launch(RUN, overrides_of(table), launcher):
+            return failures
     return table.make()
+
+
+def overrides_of(table: "Table") -> list[list[str]]:
+    """What makes each run of a table by itself."""
+    found = []
+    for (row, nfe, _), job in table.jobs.items():
+        first, last = job.run.seeds
+        own = [f"device={table.device}", f"nfe={nfe}", f"seeds={first}-{last}"]
+        found.append([*table.base, *table.cells[row, nfe].overrides, *own])
+    return found
+
+
+def share_table(table: "Table") -> int:
+    """Under torchrun: every rank takes shards of one run after the other; rank 0 scores them and writes the pages."""
+    use_own_gpu()
+    for job in table.jobs.values():
+        try:
+            sample_and_score(job)
+        except EvodiffError as e:
+            print(f"evodiff: {job.run.key()}: {e}", file=sys.stderr)
+    return table.make() if rank() == 0 else 0
+
+
+def wandb_main(argv: list[str]) -> int:
+    """`evodiff wandb push TABLE [key=value ...]`: show a table's records, also those of runs that ended long ago."""
+    from evodiff.report import Table
+
+    if argv[:1] != ["push"] or len(argv) < 2:
+        raise ConfigError("usage: evodiff wandb push TABLE [tracker.mode=online tracker.project=... key=value ...]")
+    own = [] if any(arg.startswith("tracker=") for arg in argv) else ["tracker=wandb"]
+    table = Table.from_config(table_config("wandb push", [argv[1], *own, *argv[2:]]))
+    if not table.records:
+        raise EvodiffError(f"table {table.name} has no records yet. `evodiff table {table.config}` makes them.")
+    return 0 if table.publish(table.tracker) else 1
 
 
 def report_main(argv: list[str]) -> int:

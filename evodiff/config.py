@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evodiff.errors import ConfigError, EvodiffError
+from evodiff.launchers import register_launchers
 from evodiff.paths import CONFIGS
+from evodiff.plugins import publish_solvers, registered
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -32,15 +34,17 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:
     """What Hydra itself is told by the same configuration and overrides: its launcher and sweeper."""
-    return _compose.__wrapped__(root, tuple(overrides)).hydra  # anew: launchers may have been registered since
+    return _compose(root, tuple(overrides)).hydra.copy()
 
 
 @cache
 def _compose(root: str, overrides: tuple[str, ...]) -> DictConfig:
+    publish_solvers()
     outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            register_launchers()  # in here, for Hydra registers its own whenever it begins
             return hydra_compose(root, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(root, overrides, e)) from e
@@ -102,8 +106,9 @@ def _plain(value: Any) -> Any:
 
 
 def choices(group: str) -> list[str]:
-    """The files of a config group, without extension."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    """The files of a config group, without extension, and the solvers of other packages."""
+    others = registered() if group == "solver" else ()
+    return sorted({*(path.stem for path in (CONFIGS / group).glob("*.yaml")), *others})
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -163,6 +168,7 @@ def _fields(root: str, overrides: Sequence[str], group: str) -> set[str]:
         key, _, value = text.partition("=")
         choice = value if key == group else choice
     path = CONFIGS / group / f"{choice}.yaml"
-    if not path.exists():
+    if not path.exists() and (group != "solver" or choice not in registered()):
         return _keys(root)
-    return {f"{group}.{key!s}" for key in OmegaConf.load(path) if key != "_target_"}
+    fields = OmegaConf.load(path) if path.exists() else registered()[str(choice)]
+    return {f"{group}.{key!s}" for key in fields if key != "_target_"}

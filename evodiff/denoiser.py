@@ -1,5 +1,6 @@
 """What a denoiser is, and the wrappers that count its calls or limit its output."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -59,3 +60,11 @@ class DynamicThreshold:
         s = torch.quantile(D.flatten(1).abs(), self.ratio, dim=1).clamp(min=self.bound)
         s = s.view(-1, *[1] * (D.ndim - 1))
         return D.clamp(-s, s) * (self.bound / s)
+
+
+THRESHOLDS: dict[str, Callable[[Denoiser], Denoiser]] = {
+    "none": lambda denoiser: denoiser,
+    "clip": Clipped,
+    "dynamic": DynamicThreshold,
+}
+"""By the names of the key `threshold`."""

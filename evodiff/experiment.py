@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evodiff.background import OneBehind, one_ahead
+from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build, compose, essential, nearest, parse_range
 from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
 from evodiff.errors import ConfigError, StoreError
@@ -141,7 +142,7 @@ class Job:
     protocol: Protocol | None
     reference_run: Run | None
     device: str
-    batch: int
+    batch: int | Literal["auto"]
     shard: int
     save: str
     metrics: tuple[str, ...]
@@ -164,9 +165,10 @@ class Job:
     @classmethod
     def from_config(cls, cfg: DictConfig, overrides: list[str]) -> "Job":
         run = Run.from_config(cfg)
-        for key in ("batch", "shard"):
-            if not isinstance(cfg[key], int) or cfg[key] < 1:
-                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of images, at least 1.")
+        for key, words in (("batch", ("auto",)), ("shard", ())):
+            if cfg[key] not in words and (type(cfg[key]) is not int or cfg[key] < 1):
+                or_auto = ", or auto" if words else ""
+                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of images, at least 1{or_auto}.")
         metrics = metrics_of(cfg)
         protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
         if protocol is not None and protocol.rounding != run.rounding:
@@ -241,6 +243,8 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     solver, grid = run.plan(model)
     store.check_weights(model.files)
     write_yaml(run.folder / "run.yaml", run.as_dict())
+    if job.batch == "auto":
+        job = replace(job, batch=batch_for(job, run, model, grid))
     with progress(run.key(), sum(map(len, missing))) as advance, OneBehind() as behind:
         for seeds in missing:
             with ExitStack() as claim:
@@ -263,13 +267,15 @@ def sample_batches(
     job: Job, run: Run, model: Pretrained, solver: Solver, grid: TimeGrid, seeds: range
 ) -> Iterator[Generated]:
     """The images of `seeds`, on the CPU, `job.batch` at a time."""
+    assert isinstance(job.batch, int)
+    size = job.batch
 
     def drawn(batch: range) -> tuple[range, Noise, Tensor | None]:
         noise: Noise = NOISES[run.noise](batch)
         noise.latents(model.shape)
         return batch, noise, noise.labels(model.num_classes) if model.num_classes else None
 
-    batches = (range(a, min(a + job.batch, seeds.stop)) for a in range(seeds.start, seeds.stop, job.batch))
+    batches = (range(a, min(a + size, seeds.stop)) for a in range(seeds.start, seeds.stop, size))
     for batch, noise, labels in one_ahead(drawn, batches):
         generated = generate(
             denoiser_for(run, model, labels),
@@ -286,6 +292,20 @@ def sample_batches(
         )
         x = generated.x.float().cpu() if job.keeps_states else generated.x[:0]
         yield replace(generated, x=x, images=generated.images.cpu())
+
+
+def batch_for(job: Job, run: Run, model: Pretrained, grid: TimeGrid) -> int:
+    """What `batch=auto` comes to for this network on this device."""
+
+    @torch.no_grad()
+    def call(n: int) -> Tensor:
+        x = torch.zeros(n, *model.shape, dtype=DTYPES[run.dtype], device=job.device)
+        labels = torch.zeros(n, dtype=torch.int64) if model.num_classes else None
+        return denoiser_for(run, model, labels)(x, grid.nodes[0])
+
+    size = automatic(call, job.shard, job.device, synchronised_clock(job.device))
+    print(f"{run.key()}: batch=auto is {size} images on {job.device}", file=sys.stderr)
+    return size
 
 
 def denoiser_for(run: Run, model: Pretrained, labels: Tensor | None) -> Denoiser:

@@ -193,13 +193,14 @@ class FromFile:
             raise ConfigError(f"grid file {self.path}: {e}. Expected JSON: a list of falling times.") from e
         times = content.get(str(n)) if isinstance(content, dict) else content
         if times is None:
-            raise ConfigError(f"grid file {self.path} has no grid of {n} steps; it has {', '.join(content)}")
+            raise ConfigError(f"grid file {self.path} has no grid of {n} steps; it has {', '.join(content) or 'none'}")
         if not isinstance(times, list) or not all(type(t) in (int, float) for t in times):
             raise ConfigError(f"grid file {self.path}: expected a list of numbers")
         if len(times) != n + 1:
             raise ConfigError(f"grid file {self.path} holds {len(times) - 1} steps, but {n} are asked for")
-        if not all(a > b for a, b in zip(times, times[1:], strict=False)) or not times[-1] > 0:
-            raise ConfigError(f"grid file {self.path}: the times must fall strictly and end above 0: {times}")
+        for a, b in zip(times, [*times[1:], 0], strict=True):
+            if not a > b:
+                raise ConfigError(f"grid file {self.path}: times must fall strictly and end above 0; {a} is before {b}")
         if times[0] > schedule.t_start * (1 + 1e-9):
             raise ConfigError(
                 f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}"

@@ -247,9 +247,7 @@ LAUNCHERS: dict[str, Processes | Submitit | Ray] = {
 def register_launchers() -> None:
     """Make them the choices of `hydra/launcher`, with `hydra.launcher.<field>=` for their fields."""
     from hydra.core.config_store import ConfigStore
-    from hydra.core.plugins import Plugins
 
-    Plugins.instance()  # installed launcher plugins take their names now; ours replace them
     for name, launcher in LAUNCHERS.items():
         node = {"_target_": f"evodiff.launchers.{type(launcher).__name__}", **asdict(launcher)}
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=node, provider="evodiff")

@@ -32,10 +32,10 @@ STATES_EXPLAINED = {
     "done": "no paper to compare with",
 }
 TOLERANCE = (
-    "Each cell: ours ± the standard deviation between ranges of seeds, and the paper's number below it. The tolerance is "
-    "two standard deviations of the difference (of one run: between our seeds, but at least 1 % of the value at 50,000 "
-    "images, growing with 1/√N), and half a digit of the paper's number. Where a paper reports the least of three runs, "
-    "so do we. Point at a cell for its source."
+    "Each cell: ours ± the standard deviation between ranges of seeds, and below it the paper's number. The tolerance "
+    "is two standard deviations of the difference (of one run: as between our seeds, but at least 1 % of the value at "
+    "50,000 images, growing like 1/√N), and half a digit of the paper's number. Where a paper reports the least of "
+    "three runs, so do we. Point at a cell for its source."
 )
 
 
@@ -210,7 +210,8 @@ td.best {{ font-weight: 700; }} td small {{ display: block; color: #777; font-we
 td.ok, .chip.ok {{ background: #e7f4e8; }} td.off, .chip.off {{ background: #fbe3dd; }}
 td.proxy, .chip.proxy {{ background: #fdf3d6; }} td.missing {{ color: #999; }} .chip.missing {{ background: #eee; }}
 .chip {{ padding: .15rem .6rem; border-radius: 1rem; margin-right: .5rem; font-size: .85rem; background: #eef; }}
-table.facts td, table.facts th {{ text-align: left; }} table.facts code {{ white-space: normal; word-break: break-word; }}
+table.facts td, table.facts th {{ text-align: left; }}
+table.facts code {{ white-space: normal; word-break: break-word; }}
 code {{ font-size: .8rem; }} summary {{ cursor: pointer; }}
 figure {{ margin: 1rem 0; }} img {{ max-width: 100%; height: auto; }}
 {CHART_CSS}</style></head><body>

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Row:
     nfe: tuple[int, ...]
     at: tuple[Mapping[str, Any], ...] = ()
     published: tuple[Mapping[str, Any], ...] = ()
+    everywhere: tuple[Mapping[str, Any], ...] = ()
+    """The table's own `at`."""
 
     @classmethod
     def of(cls, name: str, content: Any, nfe: Sequence[int], at: Sequence[Mapping[str, Any]]) -> "Row":
@@ -48,17 +50,20 @@ class Row:
         if wrong:
             raise ConfigError(f"row {name}: at: expected nfe (a list) or above (a number), and run, not {wrong[0]}")
         budgets, papers = tuple(fields.get("nfe") or nfe), tuple(fields.get("published") or ())
-        return cls(name, tuple(fields["run"]), budgets, (*at, *own), papers)
+        return cls(name, tuple(fields["run"]), budgets, own, papers, tuple(at))
 
     def overrides(self, nfe: int) -> list[str]:
-        """The row's overrides at one NFE; what is said later is stronger."""
-        there = [o for at in self.at if (nfe > at["above"] if "above" in at else nfe in at["nfe"]) for o in at["run"]]
-        return [*self.run, *there]
+        """At one NFE: the table's, the row's, the row's at this NFE; what comes later is stronger."""
+        first, last = (
+            [o for at in entries if (nfe > at["above"] if "above" in at else nfe in at["nfe"]) for o in at["run"]]
+            for entries in (self.everywhere, self.at)
+        )
+        return [*first, *self.run, *last]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one NFE: a job for each range of seeds, and the published numbers; the first one is compared with."""
+    """One method at one NFE: a job for each range of seeds, and published numbers, of which the first is compared."""
 
     row: str
     nfe: int
@@ -128,11 +133,12 @@ class Table:
     def cells(self) -> dict[tuple[str, int], Cell]:
         """Every cell by (row, NFE). Raises ConfigError if two are one run, or their protocols differ."""
         cells: dict[tuple[str, int], Cell] = {}
+        composed = cache(lambda *overrides: Job.compose([*self.base, f"device={self.device}", *overrides]))
         for row in self.rows.values():
             found = [matching(self.papers, words) for words in row.published]
             for nfe in row.nfe:
                 overrides = row.overrides(nfe)
-                job = Job.compose([*self.base, f"device={self.device}", *overrides]).with_nfe(nfe)
+                job = composed(*overrides).with_nfe(nfe)
                 jobs = tuple(_with_seeds(job, seeds) for seeds in self._seeds_of(job))
                 papers = tuple(by_nfe[nfe] for by_nfe in found if nfe in by_nfe)
                 cells[row.name, nfe] = Cell(row.name, nfe, tuple(overrides), jobs, papers)
@@ -189,9 +195,15 @@ class Table:
             print(f"evodiff: {labels[0]}{several}: {reason}", file=sys.stderr)
         if self.records:
             self.write()
-            self.tracker.publish(self.name, list(self.records.values()))
+            self.publish(self.tracker)
             print(self.text())
         return int(bool(failures))
+
+    def publish(self, tracker: Tracker) -> bool:
+        """Show the records by a tracker, beside the papers' numbers; False if that did not work."""
+        records = self.records
+        papers = {row: curve.papers for row, curve in self.curves(self.metrics[0]).items() if curve.papers}
+        return tracker.publish(self.name, list(records.values()), labels=[row for row, *_ in records], published=papers)
 
     @property
     def records(self) -> dict[tuple[str, int, int], Record]:

@@ -52,6 +52,25 @@ class EDM:
         return math.exp(-lam)
 
 
+@dataclass(frozen=True)
+class Flow:
+    """alpha = 1 - t, sigma = t: the straight path of flow matching (arXiv 2210.02747) and rectified flow (2209.03003).
+
+    At t = 1 there is no signal and kappa is infinite: sampling starts a little below.
+    """
+
+    t_start: float = 0.999
+    t_end: float = 1e-3
+
+    def node(self, t: float) -> Node:
+        if not 0 < t < 1:
+            raise ConfigError(f"t={t:.6g} is outside the times of a flow that samplers can use: above 0, below 1.")
+        return Node(t, 1 - t, t)
+
+    def t_at(self, lam: float) -> float:
+        return math.exp(-_log1p_exp(lam))
+
+
 class VariancePreserving:
     """alpha^2 + sigma^2 = 1, given by log alpha(t) and its inverse."""
 

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from evodiff.config import build, compose, compose_hydra
 from evodiff.errors import EvodiffError
 from evodiff.experiment import Job, Run
-from evodiff.launchers import Died, register_launchers
+from evodiff.launchers import Died
 
 MOST = 100
 """The highest exit code that counts failures; a shell has its own use for those from 126 on."""
@@ -73,7 +73,6 @@ def _values(overrides: Sequence[str]) -> list[list[str]]:
 
 def sweep(action: Action, overrides: Sequence[str]) -> int:
     """Do `action` for every combination of the overrides; returns the number of failures, at most MOST."""
-    register_launchers()
     own = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
     settings = compose_hydra("run", own)
     swept = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]

@@ -1,21 +1,172 @@
 """Trackers: records go in, a dashboard comes out. A tracker is a view; the records stay on disk."""
 
-from typing import TYPE_CHECKING, Protocol
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evodiff.errors import ConfigError
+from evodiff.paths import RESULTS
 
 if TYPE_CHECKING:
-    from evodiff.experiment import Record
+    from evodiff.record import Record
+
+MODES = ("offline", "online", "disabled")
+PER_RUN = 15.0
+"""Seconds that each run may take beyond the timeout."""
+Curves = Mapping[str, Mapping[int, float]]
+"""Label -> NFE -> value."""
 
 
 class Tracker(Protocol):
     """What a `configs/tracker/*.yaml` builds."""
 
-    def publish(self, name: str, records: "list[Record]") -> None:
-        """Show the records of one run or table called `name`."""
+    def publish(
+        self,
+        name: str,
+        records: "Sequence[Record]",
+        labels: Sequence[str] | None = None,
+        published: Curves | None = None,
+    ) -> bool:
+        """Show the records of one run or table called `name`; False if that was asked for and did not work.
+
+        `labels` are the table's rows, one for each record (None: their solvers); `published` are a paper's values of
+        the first metric. Never raises for what the dashboard does.
+        """
         ...
 
 
 class Silent:
     """Publishes nothing."""
 
-    def publish(self, name: str, records: "list[Record]") -> None:
-        pass
+    def publish(
+        self,
+        name: str,
+        records: "Sequence[Record]",
+        labels: Sequence[str] | None = None,
+        published: Curves | None = None,
+    ) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class WandB:
+    """Weights & Biases: a run for each record, and for a table one more with its cells and curves.
+
+    It speaks to wandb from a process of its own, so that a wandb that hangs, crashes or is not there costs one line and
+    `timeout` seconds. What could not be sent is written offline, for `wandb sync`.
+    """
+
+    project: str = "evodiff"
+    entity: str | None = None
+    mode: str = "offline"
+    timeout: float = 60.0
+    """Seconds until an answer is no longer waited for."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"tracker.mode={self.mode} does not exist; possible: {', '.join(MODES)}.")
+
+    def publish(
+        self,
+        name: str,
+        records: "Sequence[Record]",
+        labels: Sequence[str] | None = None,
+        published: Curves | None = None,
+    ) -> bool:
+        if self.mode == "disabled" or not records:
+            return True
+        is_table = [record.key for record in records] != [name]
+        content: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "runs": [as_run(record, name if is_table else record.run["model"]["name"]) for record in records],
+            "table": as_table(name, records, labels, published or {}) if is_table else None,
+        }
+        for mode in dict.fromkeys((self.mode, "offline")):
+            trouble = self._push({**content, "mode": mode})
+            if not trouble:
+                return mode == self.mode
+            instead = (
+                "`evodiff wandb push TABLE` can send the records later" if mode == "offline" else "writing offline"
+            )
+            print(f"evodiff: W&B: {trouble}; {instead}", file=sys.stderr)
+            if "not installed" in trouble:
+                break
+        return False
+
+    def _push(self, content: dict[str, Any]) -> str | None:
+        """None, or in a few words why it did not work."""
+        limit = self.timeout + PER_RUN * len(content["runs"])
+        environment = os.environ | {"EVODIFF_RESULTS": str(RESULTS)}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "evodiff.dashboard"],
+                input=json.dumps(content),
+                capture_output=True,
+                text=True,
+                timeout=limit,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            return f"no answer within {limit:.0f} s"
+        said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+        if done.returncode == 0:
+            if done.stdout.strip():
+                print(f"evodiff: W&B: {said[-1]}", file=sys.stderr)
+            return None
+        return said[-1] if said else f"its process ended with exit code {done.returncode}"
+
+
+def as_run(record: "Record", group: str) -> dict[str, Any]:
+    """What W&B shows of one record. Its id is the run's key, so that publishing again adds nothing."""
+    grid = RESULTS / "runs" / record.run["model"]["name"] / record.key / "grid.png"
+    return {
+        "id": record.key,
+        "name": record.key,
+        "group": group,
+        "job_type": record.run["solver"]["name"],
+        "config": {**record.run, "protocol": record.protocol, "weights": record.weights, "versions": record.versions},
+        "summary": {
+            **record.metrics,
+            "nfe": record.nfe,
+            "network_passes": record.network_passes,
+            "images": record.images,
+            "images_per_second": images_per_second(record),
+        },
+        "grid": str(grid) if grid.exists() else None,
+    }
+
+
+def as_table(name: str, records: "Sequence[Record]", labels: Sequence[str] | None, published: Curves) -> dict[str, Any]:
+    """A table's cells, one line for each record, and of each metric the curves against NFE, means over seeds."""
+    labels = labels or [record.run["solver"]["name"] for record in records]
+    metrics = list(dict.fromkeys(metric for record in records for metric in record.metrics))
+    lines = [
+        [
+            *(label, record.nfe, *map(record.metrics.get, metrics), published.get(label, {}).get(record.nfe)),
+            *(record.images, images_per_second(record), record.key),
+        ]
+        for label, record in zip(labels, records, strict=True)
+    ]
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    for metric in metrics:
+        found: dict[str, dict[int, list[float]]] = {}
+        for label, record in zip(labels, records, strict=True):
+            if metric in record.metrics:
+                found.setdefault(label, {}).setdefault(record.nfe, []).append(record.metrics[metric])
+        means = {label: {nfe: statistics.fmean(at[nfe]) for nfe in at} for label, at in found.items()}
+        papers = {f"{label} (published)": at for label, at in published.items()} if metric == metrics[0] else {}
+        curves[metric] = {
+            label: [sorted(at), [at[nfe] for nfe in sorted(at)]] for label, at in {**means, **papers}.items()
+        }
+    columns = ["row", "nfe", *metrics, "published", "images", "images_per_second", "key"]
+    return {"name": name, "columns": columns, "lines": lines, "curves": curves}
+
+
+def images_per_second(record: "Record") -> float | None:
+    return round(record.images / record.seconds, 3) if record.seconds else None

@@ -15,6 +15,7 @@ from evodiff.experiment import DTYPES, NOISES, Job, denoiser_for, store_of
 from evodiff.files import whole_file
 from evodiff.models.pretrained import Pretrained
 from evodiff.plots import save_trajectories
+from evodiff.precision import prepared
 from evodiff.sampling import generate, to_uint8
 from evodiff.schedule import Node
 
@@ -42,7 +43,8 @@ def trajectory(job: Job, model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
     run, seeds = job.run, [job.run.seeds[0]]
     solver, grid = run.plan(model)
     noise = NOISES[run.noise](seeds)
-    recorder = Recorder(denoiser_for(run, model, noise))
+    labels = noise.labels(model.num_classes) if model.num_classes else None
+    recorder = Recorder(denoiser_for(run, model, labels))
     made = generate(
         recorder,
         solver,
@@ -94,7 +96,8 @@ def job_seed(table: "Table") -> int:
 
 
 def _loaded(job: Job) -> Pretrained | None:
+    run = job.run
     try:
-        return build(job.run.model, device=job.device)
+        return prepared(build(run.model, device=job.device), run.precision, run.channels_last, compile=False)
     except EvodiffError:
         return None

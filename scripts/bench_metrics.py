@@ -6,10 +6,7 @@ before the measured call.
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evodiff.benchmark import Findings, forget_peak, machine, memory, on
 from evodiff.compat import import_torchvision
-from evodiff.files import whole_file
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.inception_score import inception_score
 from evodiff.metrics.kid import kid
@@ -35,33 +32,11 @@ DIM, CLASSES = 2048, 1008
 
 def main(parts: list[str], n: int) -> None:
     """Measure the named parts, each into the record as soon as it is there; the others stay as they were recorded."""
-    folder = RESULTS / "bench"
-    record = folder / "metrics.json"
-    found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    findings = Findings(RESULTS / "bench", "metrics", _markdown)
     for part in parts:
         name, measure = PARTS[part]
-        found[name] = {"machine": _machine(), **measure(n)}
-        with whole_file(record) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n")
-        with whole_file(folder / "metrics.md") as path:
-            path.write_text(_markdown(found))
-    print((folder / "metrics.md").read_text())
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        findings.add(name, {"machine": machine("cpu"), **measure(n)})
+    print(findings.md.read_text())
 
 
 def _best(call: Callable[[], Any], repeats: int) -> dict[str, float]:
@@ -106,10 +81,10 @@ def _frechet(n: int) -> dict[str, Any]:
 
     frechet_distance(fake, real)
     rows = {
-        "ours, reference factored before": (lambda: frechet_distance(fake, real), 5),
-        "ours, nothing prepared": (ours_cold, 4),
-        "torch-fidelity": (torch_fidelity, 2),
-        "pytorch-fid": (pytorch_fid, 2),
+        "ours, reference factored before": (lambda: frechet_distance(fake, real), 10),
+        "ours, nothing prepared": (ours_cold, 10),
+        "torch-fidelity": (torch_fidelity, 4),
+        "pytorch-fid": (pytorch_fid, 4),
     }
     return {name: _best(call, repeats) for name, (call, repeats) in rows.items()}
 
@@ -180,17 +155,11 @@ def _jobs(n: int) -> dict[str, Any]:
 
 def _measure(name: str, n: int) -> dict[str, float]:
     call = JOBS[name](n)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    held = _memory("VmRSS")
+    forget_peak()
+    held = memory("VmRSS")
     found = _best(call, 1)
-    peak = _memory("VmHWM")
+    peak = memory("VmHWM")
     return {**found, "peak_gb": peak, "above_inputs_gb": peak - held}
-
-
-def _memory(field: str) -> float:
-    """GB, from Linux's account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e9
 
 
 PARTS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
@@ -208,20 +177,20 @@ def _markdown(found: dict[str, Any]) -> str:
     ]
     lines += ["threads), processor seconds tell more than wall seconds.", ""]
     if rows := dict(found.get("frechet_distance", {})):
-        lines += [f"## Fréchet distance of {DIM} dimensions", "", _on(rows.pop("machine")), ""]
-        lines += ["| | seconds | processor seconds | times `nothing prepared` | value |", "|---|---:|---:|---:|---:|"]
-        base = rows["ours, nothing prepared"]
+        lines += [f"## Fréchet distance of {DIM} dimensions", "", on(rows.pop("machine")), ""]
+        lines += ["| | seconds | processor seconds | times ours (processor) | value |", "|---|---:|---:|---:|---:|"]
+        base = rows["ours, reference factored before"]
         for name, row in rows.items():
             times = " / ".join(f"{row[k] / base[k]:.1f}" for k in ("seconds", "cpu_seconds"))
             lines.append(f"| {name} | {row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {times} | {row['value']:.9g} |")
         lines.append("")
     if rows := dict(found.get("extraction", {})):
-        lines += ["## Inception features of 32x32 images, images a second", "", _on(rows.pop("machine")), ""]
+        lines += ["## Inception features of 32x32 images, images a second", "", on(rows.pop("machine")), ""]
         lines += ["| | by the clock | per processor second |", "|---|---:|---:|"]
         lines += [f"| {name} | {rate['wall']:.1f} | {rate['cpu']:.1f} |" for name, rate in rows.items()]
         lines.append("")
     if rows := dict(found.get("features", {})):
-        lines += [f"## {rows['n']:,} features of {DIM} dimensions", "", _on(rows["machine"]), ""]
+        lines += [f"## {rows['n']:,} features of {DIM} dimensions", "", on(rows["machine"]), ""]
         lines += ["| | seconds | processor seconds | peak of the process, GB | above its inputs, GB |"]
         lines += ["|---|---:|---:|---:|---:|"]
         for name in JOBS:
@@ -230,10 +199,6 @@ def _markdown(found: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {memory} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _on(machine: dict[str, Any]) -> str:
-    return f"{machine['cpu']}, {machine['threads']} threads, load {machine['load']}, torch {machine['torch']}."
 
 
 if __name__ == "__main__":

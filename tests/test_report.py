@@ -18,10 +18,14 @@ PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fi
 
 @pytest.fixture
 def small(results):
-    cfg = compose("table", SMALL)
-    cfg.table.base = ["model=mixture", "protocol=none", "seeds=0-15", "shard=8", "batch=8"]
-    cfg.table.rows = {"DDIM": ["solver=ddim"], "EVODiff": ["solver=evodiff"]}
-    return lambda: Table.from_config(cfg)
+    def make(rows=None, *overrides, **changes):
+        cfg = compose("table", [*SMALL, *overrides])
+        cfg.table.base = ["model=mixture", "protocol=none", "seeds=0-15", "shard=8", "batch=8"]
+        cfg.table.rows = rows or {"DDIM": ["solver=ddim"], "EVODiff": ["solver=evodiff"]}
+        cfg.table.update(changes)
+        return Table.from_config(cfg)
+
+    return make
 
 
 def bytes_of(folder, pattern):
@@ -45,7 +49,7 @@ def test_the_numbers_on_every_page_are_the_records(small, results):
     table.make()
     folder = results / "tables" / "smoke"
     rows = list(csv.DictReader((folder / "table.csv").open()))
-    for (row, nfe), record in table.records.items():
+    for (row, nfe, _), record in table.records.items():
         value = record.metrics["rmse@16"]
         found = [r for r in rows if (r["solver"], r["nfe"], r["metric"]) == (row, str(nfe), "rmse@16")]
         assert [float(r["value"]) for r in found] == [value]
@@ -57,20 +61,17 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     """The converged run's own images are at distance 0, and another solver's at what its states say."""
     table = small()
     table.make()
-    job, reference = table.reference
+    ((job, reference),) = table.references.values()
     from evodiff.experiment import store_of
     from evodiff.record import rmse
 
     assert rmse(store_of(job, reference), store_of(job, reference)) == 0
     a, b = (np.concatenate([x for (x,) in store_of(job, run).batches("x")]) for run in (None, reference))
-    assert table.records[("DDIM", 5)].metrics["rmse@16"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
+    assert table.records["DDIM", 5, 0].metrics["rmse@16"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
 
 
 def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
-    cfg_rows = {"DDIM": ["solver=ddim"], "Heun": ["solver=heun"]}
-    table = small()
-    object.__setattr__(table, "rows", cfg_rows)
-    assert table.make() == 1
+    assert small({"DDIM": ["solver=ddim"], "Heun": ["solver=heun"]}).make() == 1
     out, err = capsys.readouterr()
     assert "Heun, NFE 5: Heun cannot spend exactly nfe=5" in err
     assert re.search(r"\| Heun \| missing \| \*?\*?[\d.]+", out)
@@ -78,17 +79,13 @@ def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
 
 
 def test_one_run_in_two_cells_is_refused(small):
-    table = small()
-    object.__setattr__(table, "rows", {"a": ["solver=ddim"], "b": ["solver=ddim"]})
     with pytest.raises(ConfigError, match="are the same run"):
-        table.jobs  # noqa: B018
+        small({"a": ["solver=ddim"], "b": ["solver=ddim"]}).jobs  # noqa: B018
 
 
 def test_two_protocols_in_one_table_are_refused(small):
-    table = small()
-    object.__setattr__(table, "rows", {"a": ["solver=ddim"], "b": ["solver=evodiff", "protocol=mnist"]})
     with pytest.raises(ConfigError, match="mixes 2 scoring protocols"):
-        table.jobs  # noqa: B018
+        small({"a": ["solver=ddim"], "b": ["solver=evodiff", "protocol=mnist"]}).jobs  # noqa: B018
 
 
 def test_the_page_needs_nothing_else(small, results):

@@ -124,9 +124,9 @@ def test_nsr_grid():
     ("build", "message"),
     [
         (lambda: SciRESinglestep(order=4), "order=4 does not exist; possible: 2, 3"),
-        (lambda: SciRESinglestep(m=0), "m=0 does not exist"),
-        (lambda: SciREMultistep(m=-1), "m=-1 does not exist"),
-        (lambda: SciRESinglestep(order=2, orders=(3,)), "each must be from 1 to order=2"),
+        (lambda: SciRESinglestep(m=0), "m=0 is impossible"),
+        (lambda: SciREMultistep(m=-1), "m=-1 is impossible"),
+        (lambda: SciRESinglestep(order=2, orders=(3,)), "each from 1 to order=2"),
         (lambda: NSR(-1), "k=-1 is impossible"),
     ],
 )

@@ -93,5 +93,5 @@ def test_order_of_convergence(kind, order, inner):
 
 @pytest.mark.parametrize("orders", [(4,), (2, 0)])
 def test_orders_that_do_not_exist_are_refused(orders):
-    with pytest.raises(ConfigError, match="possible: 1, 2, 3"):
+    with pytest.raises(ConfigError, match="possible: each of 1, 2, 3"):
         DPMSolverPPSinglestep(orders=orders)

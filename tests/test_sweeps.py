@@ -72,7 +72,6 @@ def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
 
 
 def test_hydra_knows_the_launchers_by_their_usual_names():
-    launchers.register_launchers()
     chosen = compose_hydra("run", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]).launcher
     assert dict(chosen) == {"_target_": "evodiff.launchers.Processes", "n_jobs": 3}
     assert compose_hydra("run", ["hydra/launcher=submitit_slurm"]).launcher.cluster == "slurm"

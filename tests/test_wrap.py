@@ -18,7 +18,7 @@ from evodiff.models.adapter import PREDICTIONS, ContinuousTime, DiscreteTime, Ne
 from evodiff.models.analytic import GaussianMixture
 from evodiff.models.loading import cosine_betas, scaled_linear_betas, schedule_of
 from evodiff.sampling import generate
-from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 from evodiff.solvers.dpmpp import DPMSolverPP
 
 MEANS = torch.linspace(-0.8, 0.8, 5, dtype=torch.float64).view(5, 1, 1, 1).expand(5, 1, 2, 2)
@@ -37,13 +37,14 @@ def exact_network(schedule, predicts, data_range=(-1.0, 1.0), seen=None):
         x = x.double()
         D = oracle(x, node)
         eps = (x - node.alpha * D) / node.sigma
-        outputs = {"eps": eps, "x0": D, "v": node.alpha * eps - node.sigma * D, "score": -eps / node.sigma}
+        v, flow = node.alpha * eps - node.sigma * D, eps - D
+        outputs = {"eps": eps, "x0": D, "v": v, "score": -eps / node.sigma, "flow": flow}
         return outputs[predicts].float()
 
     return network
 
 
-SCHEDULES = {"edm": EDM(), "linear": LinearVP(), "cosine": CosineVP(), "discrete": DiscreteVP.linear()}
+SCHEDULES = {"edm": EDM(), "linear": LinearVP(), "cosine": CosineVP(), "discrete": DiscreteVP.linear(), "flow": Flow()}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

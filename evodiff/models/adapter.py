@@ -15,9 +15,10 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Node], Tensor]] = {
     "x0": lambda x, out, node: out,
     "v": lambda x, out, node: (node.alpha * x - node.sigma * out) / (node.alpha**2 + node.sigma**2),
     "score": lambda x, out, node: (x + node.sigma**2 * out) / node.alpha,
+    "flow": lambda x, out, node: (x - node.sigma * out) / (node.alpha + node.sigma),
 }
 """What the output is -> D: eps of x = alpha x_0 + sigma eps; v = alpha eps - sigma x_0 (arXiv 2202.00512); the score
--eps / sigma."""
+-eps / sigma; flow = eps - x_0 (arXiv 2209.03003)."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ line, a file configs/model/mine.yaml and `evodiff run model=mine`:
       channels: 64
     weights: /path/to/weights.safetensors   # its state_dict; or a file that torch.load reads as data
     shape: [3, 32, 32]                      # channels, height, width
-    predicts: eps                           # eps | x0 | v | score
-    schedule: {_target_: evodiff.schedule.LinearVP}   # what it was trained on; or EDM, CosineVP, DiscreteVP.linear
+    predicts: eps                           # eps | x0 | v | score | flow
+    schedule: {_target_: evodiff.schedule.LinearVP}   # its own; or EDM, CosineVP, DiscreteVP.linear, Flow
     label: {_target_: evodiff.models.adapter.ContinuousTime, scale: 999}   # what the network is told of the time
     num_classes: 0                          # above 0: the network is called as model(x, t, y)
     data_range: [-1, 1]                     # the network's black and white; [0, 1] for many
@@ -55,8 +55,8 @@ def wrap(
 
     x [B, C, H, W] float32 on `schedule`, t [B] float32 from `label` (by default N t - 1 on a DiscreteVP, sigma on EDM,
     t itself on others), y int64 [B], or None for the unconditional branch of guidance. It returns `predicts` (eps, x0,
-    v or score) of the shape of x, or with twice its channels, of which the second half is left out. `sample_on`: the
-    `own` schedule, or `edm` for the same noise levels on EDM's.
+    v, score or flow) of the shape of x, or with twice its channels, of which the second half is left out.
+    `sample_on`: the `own` schedule, or `edm` for the same noise levels on EDM's.
 
     With `check`, the network is called at three noise levels. Raises ConfigError if that fails, or if the output has
     another shape, is not finite, or makes data predictions far outside the range of images.

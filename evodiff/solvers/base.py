@@ -12,11 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError, SamplingError
+from evodiff.errors import SamplingError
 from evodiff.grid import Spacing, Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.exponential import DATA, Prediction
+from evodiff.solvers.fields import check_known, check_types
 
 State = Any
 
@@ -27,6 +28,10 @@ class Solver(ABC):
 
     adaptive: ClassVar[bool] = False
     """The solver chooses its own steps inside a grid of one step: NFE is a result, not a budget."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a field of another type than annotated; rules that can say more are checked before."""
+        check_types(self)
 
     @property
     def stochastic(self) -> bool:
@@ -95,9 +100,8 @@ class Multistep(Solver):
     orders: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     def __post_init__(self) -> None:
-        if self.order not in self.orders:
-            known = ", ".join(map(str, self.orders))
-            raise ConfigError(f"{type(self).__name__}: order={self.order} does not exist; possible: {known}")
+        check_known(self, "order", self.orders)
+        super().__post_init__()
 
     @property
     def memory(self) -> int:

@@ -9,6 +9,7 @@ paper's first form. Order 1, and 2 for gamma = 1. The paper has x; here it is x 
 EDM and makes VP and EDM agree.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
-from evodiff.grid import Step
+from evodiff.grid import Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, ddim
+from evodiff.solvers.fields import check_number, refuse
 from evodiff.solvers.linear import combine
 
 
@@ -35,8 +37,8 @@ class BDIA(Solver):
     pair: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"BDIA: gamma={self.gamma} is impossible; possible: 0 (DDIM) to 1")
+        check_number(self, "gamma", lambda gamma: 0 <= gamma <= 1, "0 (DDIM) to 1")
+        super().__post_init__()
 
     @property
     def equivariant(self) -> bool:  # type: ignore[override]
@@ -48,6 +50,10 @@ class BDIA(Solver):
 
     def evaluations(self, steps: int) -> int:
         return steps - self.pair
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        if self.pair:
+            refuse(self, "pair", "false, for a run starts from one state of noise; true for integrate on two states")
 
     def init(self, noise: Noise | None) -> State:
         return None
@@ -87,6 +93,7 @@ class Inversion(Solver):
     of: Solver
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self.of).__name__
         if self.of.stochastic:
             raise ConfigError(f"Inversion: of={name} is stochastic: its noise cannot be inverted; possible: bdia")
@@ -99,6 +106,9 @@ class Inversion(Solver):
 
     def evaluations(self, steps: int) -> int:
         return steps - 1
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        raise ConfigError("Inversion: a run starts from noise; possible: integrate on two states, [2, B, C, H, W]")
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         assert isinstance(self.of, BDIA)

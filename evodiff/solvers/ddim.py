@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import ddim, noise_prediction
+from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 
@@ -24,8 +24,8 @@ class DDIM(Solver):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"DDIM: eta={self.eta} is impossible; possible: 0 (deterministic) to 1 (DDPM)")
+        check_number(self, "eta", lambda eta: 0 <= eta <= 1, "0 (deterministic) to 1 (DDPM)")
+        super().__post_init__()
 
     @property
     def stochastic(self) -> bool:

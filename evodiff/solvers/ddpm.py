@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
+from evodiff.solvers.fields import check_known
 from evodiff.solvers.linear import combine
 
 
@@ -24,8 +24,8 @@ class DDPM(Solver):
     variance: str = "small"
 
     def __post_init__(self) -> None:
-        if self.variance not in ("small", "large"):
-            raise ConfigError(f"DDPM: variance={self.variance!r} does not exist; possible: small, large")
+        check_known(self, "variance", ("small", "large"))
+        super().__post_init__()
 
     @property
     def stochastic(self) -> bool:

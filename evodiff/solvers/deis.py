@@ -19,6 +19,7 @@ from evodiff.grid import Step
 from evodiff.schedule import LinearVP, NoiseSchedule
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import NOISE, Prediction, lagrange, lagrange_integrals
+from evodiff.solvers.fields import check_known, refuse
 from evodiff.solvers.linear import combine
 
 PANELS = 16
@@ -41,12 +42,9 @@ class DEIS(Multistep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variant not in ("tab", "rhoab"):
-            raise ConfigError(f"DEIS: variant={self.variant!r} does not exist; possible: tab, rhoab")
+        check_known(self, "variant", ("tab", "rhoab"))
         if self.quadrature is not None and (self.quadrature < 2 or self.variant == "rhoab"):
-            raise ConfigError(
-                f"DEIS: quadrature={self.quadrature} is impossible; possible: null, or with variant=tab at least 2"
-            )
+            refuse(self, "quadrature", "null, or with variant=tab at least 2")
 
     @property
     def target(self) -> Prediction:

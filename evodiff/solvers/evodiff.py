@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, State
 from evodiff.solvers.exponential import DATA, ddim
+from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 
@@ -101,16 +101,11 @@ class EVODiff(Multistep):
     orders = (2,)
 
     def __post_init__(self) -> None:
+        check_known(self, "final", ("released", "euler"))
+        check_known(self, "clock", ("kappa", "t"))
+        check_number(self, "zeta", lambda zeta: zeta > 0, "above 0, for it divides, or null")
+        check_number(self, "eta", lambda eta: 0 <= eta <= 1, "0 to 1, or null")
         super().__post_init__()
-        for name, known in (("final", ("released", "euler")), ("clock", ("kappa", "t"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"EVODiff: {name}={getattr(self, name)!r} does not exist; possible: {', '.join(known)}"
-                )
-        if self.zeta is not None and not self.zeta > 0:
-            raise ConfigError(f"EVODiff: zeta={self.zeta} is impossible; it divides: above 0, or null")
-        if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ConfigError(f"EVODiff: eta={self.eta} is impossible; possible: 0 to 1, or null")
 
     @property
     def global_order(self) -> float:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import DATA
+from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 
@@ -40,11 +40,9 @@ class EVODiffPaper(Multistep):
     orders = (2,)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("zeta", "eta"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"EVODiffPaper: {name}={value} is impossible; possible: 0 to 1, or null")
+            check_number(self, name, lambda v: 0 <= v <= 1, "0 to 1, or null")
+        super().__post_init__()
 
     @property
     def global_order(self) -> float:

@@ -18,12 +18,12 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.solvers.base import Multistep, Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
+from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 
-def check_beta(beta: float, name: str) -> None:
-    if not 0 < beta <= 1:
-        raise ConfigError(f"{name}: beta={beta} is impossible; possible: above 0, up to 1 (no momentum)")
+def check_beta(solver: Solver) -> None:
+    check_number(solver, "beta", lambda beta: 0 < beta <= 1, "above 0, up to 1 (no momentum)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class HeavyBall(Solver):
     beta: float = 0.8
 
     def __post_init__(self) -> None:
-        check_beta(self.beta, "HeavyBall")
+        check_beta(self)
         name = type(self.base).__name__
         if not isinstance(self.base, Multistep) or self.base.stochastic:
             raise ConfigError(f"HeavyBall: base={name} is no deterministic multistep solver; possible: like dpmpp_2m")
@@ -76,9 +76,9 @@ class GHVB(Solver):
     beta: float = 0.8
 
     def __post_init__(self) -> None:
-        check_beta(self.beta, "GHVB")
-        if self.order not in (1, 2, 3, 4):
-            raise ConfigError(f"GHVB: order={self.order} does not exist; possible: 1, 2, 3, 4")
+        check_beta(self)
+        check_known(self, "order", (1, 2, 3, 4))
+        super().__post_init__()
 
     @property
     def global_order(self) -> float:

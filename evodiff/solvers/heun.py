@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, node_at, noise_prediction
+from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 
@@ -39,15 +39,12 @@ class Heun(Solver):
     S_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ConfigError(f"Heun: alpha={self.alpha} is impossible; possible: above 0, at most 1")
-        if self.clock not in ("kappa", "log_kappa"):
-            raise ConfigError(f"Heun: clock={self.clock!r} does not exist; possible: kappa, log_kappa")
+        check_number(self, "alpha", lambda alpha: 0 < alpha <= 1, "above 0, at most 1")
+        check_known(self, "clock", ("kappa", "log_kappa"))
         for name in ("S_churn", "S_min", "S_noise"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"Heun: {name}={getattr(self, name)} is impossible; possible: at least 0")
-        if self.S_max is not None and self.S_max < self.S_min:
-            raise ConfigError(f"Heun: S_max={self.S_max} is impossible; possible: at least S_min={self.S_min}, or null")
+            check_number(self, name, lambda v: v >= 0, "at least 0")
+        check_number(self, "S_max", lambda v: v >= self.S_min, f"at least S_min={self.S_min}, or null")
+        super().__post_init__()
 
     @property
     def stochastic(self) -> bool:

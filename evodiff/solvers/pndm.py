@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
+from evodiff.solvers.fields import check_known
 from evodiff.solvers.ipndm import ADAMS_BASHFORTH
 from evodiff.solvers.linear import combine, weighted
 
@@ -49,8 +49,8 @@ class PNDM(Solver):
     order: int = 4
 
     def __post_init__(self) -> None:
-        if self.order not in (2, 4):
-            raise ConfigError(f"PNDM: order={self.order} does not exist; possible: 2 (S-PNDM), 4 (F-PNDM)")
+        check_known(self, "order", (2, 4), "2 (S-PNDM), 4 (F-PNDM)")
+        super().__post_init__()
 
     @property
     def equivariant(self) -> bool:

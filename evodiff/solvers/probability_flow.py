@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError, SamplingError
+from evodiff.errors import SamplingError
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import node_at, noise_prediction
+from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 A = (
@@ -45,8 +46,8 @@ class ProbabilityFlow(Solver):
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "max_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"ProbabilityFlow: {name}={getattr(self, name)} is impossible; possible: above 0")
+            check_number(self, name, lambda v: v > 0, "above 0")
+        super().__post_init__()
 
     @property
     def global_order(self) -> float:

@@ -15,11 +15,11 @@ from itertools import accumulate
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Spacing, Step
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Multistep, Past, Solver, State
 from evodiff.solvers.exponential import NOISE, Prediction, node_at, noise_prediction
+from evodiff.solvers.fields import check_known, check_number, refuse
 from evodiff.solvers.linear import combine, unit_weights, weighted
 from evodiff.solvers.singlestep import order_schedule
 
@@ -29,9 +29,8 @@ def phi_1(m: int) -> float:
     return sum((-1) ** (k - 1) / math.factorial(k) for k in range(1, m + 1))
 
 
-def check_m(m: int, name: str) -> None:
-    if not isinstance(m, int) or m < 1:
-        raise ConfigError(f"{name}: m={m} does not exist; phi_1(m) needs a whole number, 1 (finite difference) or more")
+def check_m(solver: Solver) -> None:
+    check_number(solver, "m", lambda m: m >= 1 and m == int(m), "whole numbers, 1 (finite difference) or more")
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,11 @@ class SciRESinglestep(Solver):
     orders: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_m(self.m, "SciRESinglestep")
-        if self.order not in (2, 3):
-            raise ConfigError(f"SciRESinglestep: order={self.order} does not exist; possible: 2, 3")
+        check_m(self)
+        check_known(self, "order", (2, 3))
+        super().__post_init__()
         if not all(1 <= order <= self.order for order in self.orders or ()):
-            raise ConfigError(f"SciRESinglestep: orders={self.orders}: each must be from 1 to order={self.order}")
+            refuse(self, "orders", f"each from 1 to order={self.order}")
 
     @property
     def global_order(self) -> float:
@@ -111,7 +110,7 @@ class SciREMultistep(Multistep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_m(self.m, "SciREMultistep")
+        check_m(self)
 
     @property
     def global_order(self) -> float:

@@ -17,6 +17,7 @@ from evodiff.grid import Step
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
+from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import add_, combine
 
 
@@ -95,18 +96,15 @@ class PredictorCorrector(Solver):
     corrector_steps: int = 1
 
     def __post_init__(self) -> None:
-        if not self.snr > 0:
-            raise ConfigError(f"PredictorCorrector: snr={self.snr} is impossible; possible: above 0")
-        if self.corrector_steps < 1:
-            raise ConfigError(
-                f"PredictorCorrector: corrector_steps={self.corrector_steps} is impossible; possible: at least 1; "
-                f"for none use the predictor alone"
-            )
+        check_number(self, "snr", lambda snr: snr > 0, "above 0")
+        possible = "whole numbers, at least 1; for none use the predictor alone"
+        check_number(self, "corrector_steps", lambda n: n >= 1 and n == int(n), possible)
         if self.predictor is not None and (not isinstance(self.predictor, Solver) or self.predictor.adaptive):
             raise ConfigError(
                 f"PredictorCorrector: predictor={type(self.predictor).__name__} does not step along a grid; possible: "
                 f"a solver, like evodiff.solvers.score_sde.ReverseDiffusion, or null"
             )
+        super().__post_init__()
 
     @property
     def stochastic(self) -> bool:

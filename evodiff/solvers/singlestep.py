@@ -12,11 +12,11 @@ from itertools import accumulate
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Spacing, Step
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, NOISE, Prediction, h_phi
+from evodiff.solvers.fields import check_known, refuse
 from evodiff.solvers.linear import combine
 
 
@@ -34,9 +34,10 @@ class DPMSolverPPSinglestep(Solver):
     lower_order_final: bool = True
 
     def __post_init__(self) -> None:
-        for order in (self.order, *(self.orders or ())):
-            if order not in (1, 2, 3):
-                raise ConfigError(f"{type(self).__name__}: order={order} does not exist; possible: 1, 2, 3")
+        check_known(self, "order", (1, 2, 3))
+        super().__post_init__()
+        if not all(order in (1, 2, 3) for order in self.orders or ()):
+            refuse(self, "orders", "each of 1, 2, 3")
         if self.orders is not None:
             object.__setattr__(self, "orders", tuple(self.orders))
 

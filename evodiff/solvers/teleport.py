@@ -18,6 +18,7 @@ from evodiff.grid import Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
+from evodiff.solvers.fields import check_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,8 @@ class Teleport(Solver):
     skip: int = 2
 
     def __post_init__(self) -> None:
-        if not isinstance(self.skip, int) or self.skip < 1:
-            raise ConfigError(f"Teleport: skip={self.skip} is impossible; it is a number of steps, at least 1")
+        check_number(self, "skip", lambda n: n >= 1 and n == int(n), "a number of steps, at least 1")
+        super().__post_init__()
         if self.base.adaptive:
             raise ConfigError(
                 f"Teleport: base={type(self.base).__name__} chooses its own steps; possible: any with a grid"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Counting, Denoiser
-from evodiff.errors import ConfigError
 from evodiff.grid import Step
 from evodiff.schedule import LinearVP, Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
+from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.ipndm import ADAMS_BASHFORTH
 from evodiff.solvers.linear import combine, weighted
 from evodiff.solvers.pndm import runge_kutta
@@ -43,11 +43,10 @@ class TimeShift(Solver):
     cutoff: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.method not in ("ddim", "f_pndm"):
-            raise ConfigError(f"TimeShift: method={self.method!r} does not exist; possible: ddim, f_pndm")
+        check_known(self, "method", ("ddim", "f_pndm"))
         for name in ("window", "cutoff"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"TimeShift: {name}={getattr(self, name)} is impossible; possible: 0 to 1")
+            check_number(self, name, lambda v: 0 <= v <= 1, "0 to 1")
+        super().__post_init__()
 
     @property
     def global_order(self) -> float:

@@ -18,6 +18,7 @@ from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.exponential import PREDICTIONS, Prediction, h_phi
+from evodiff.solvers.fields import check_known
 from evodiff.solvers.linear import combine, unit_weights, weighted
 
 VARIANTS = ("bh1", "bh2", "vary_coeff")
@@ -33,9 +34,9 @@ class UniPC(Multistep):
     orders: ClassVar[tuple[int, ...]] = tuple(range(1, 10))
 
     def __post_init__(self) -> None:
+        check_known(self, "variant", VARIANTS)
+        check_known(self, "prediction", tuple(PREDICTIONS))
         super().__post_init__()
-        refuse_unknown(self, "variant", VARIANTS)
-        refuse_unknown(self, "prediction", tuple(PREDICTIONS))
 
     @property
     def target(self) -> Prediction:
@@ -61,8 +62,7 @@ class UniC(Multistep):
     orders: ClassVar[tuple[int, ...]] = UniPC.orders
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unknown(self, "variant", VARIANTS)
+        check_known(self, "variant", VARIANTS)
         name = type(self.base).__name__
         if not isinstance(self.base, Multistep) or self.base.stochastic:
             raise ConfigError(
@@ -74,6 +74,7 @@ class UniC(Multistep):
             raise ConfigError(
                 f"UniC: base={name} has its own corrector or step; possible: like DPMSolverPP, DEIS, IPNDM"
             )
+        super().__post_init__()
 
     @property
     def equivariant(self) -> bool:
@@ -129,9 +130,3 @@ def rhos(rks: list[float], hh: float, variant: str) -> list[float]:
     b = [math.factorial(k) * h_phi(k + 1, hh) for k in range(1, len(rks) + 1)]
     R = np.vander(rks, increasing=True).T
     return np.linalg.solve(R, b).tolist() if rks else []
-
-
-def refuse_unknown(solver: Multistep, name: str, known: tuple[str, ...]) -> None:
-    if getattr(solver, name) not in known:
-        value = getattr(solver, name)
-        raise ConfigError(f"{type(solver).__name__}: {name}={value!r} does not exist; possible: {', '.join(known)}")

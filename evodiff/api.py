@@ -1,0 +1,155 @@
+"""The Python interface: from a model and a solver to images, in one call."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from evodiff.config import build, choices, nearest
+from evodiff.denoiser import THRESHOLDS, Denoiser
+from evodiff.errors import ConfigError
+from evodiff.grid import Spacing, grid_for
+from evodiff.guidance import Unguided
+from evodiff.models.pretrained import Pretrained
+from evodiff.noise import SeededNoise
+from evodiff.paths import CONFIGS
+from evodiff.plugins import registered
+from evodiff.sampling import Generated, generate
+from evodiff.solvers.base import Solver
+
+UNGUIDED = Unguided()
+
+
+class Guidance(Protocol):
+    """An object of evodiff.guidance."""
+
+    def __call__(self, model: Pretrained, labels: Tensor | None) -> Denoiser: ...
+
+
+def sample(
+    model: Pretrained | Denoiser | str,
+    solver: Solver | str = "evodiff",
+    nfe: int | None = 10,
+    seeds: Sequence[int] = range(16),
+    *,
+    grid: Spacing | str = "logsnr",
+    guidance: Guidance = UNGUIDED,
+    labels: Sequence[int] | None = None,
+    denoise_final: bool = False,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    threshold: str = "none",
+    shape: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 250,
+) -> Generated:
+    """One image per seed, each from exactly `nfe` network evaluations: what `evodiff sample` makes of the same seeds.
+
+    >>> import evodiff
+    >>> out = evodiff.sample("mnist_tiny", solver="evodiff", nfe=5, seeds=range(4))
+    >>> out.images.shape, out.images.dtype, out.nfe
+    (torch.Size([4, 1, 32, 32]), torch.uint8, 5)
+
+    `model`: what `evodiff.wrap` returns, the name of a file of configs/model, or a denoiser D(x, node) of your own with
+    a `schedule`; that one needs the `shape` [C, H, W] of a sample. `device`: of a named model or a denoiser, by default
+    the CPU. `solver` and `grid`: the name of a file of configs/, or an object, like EVODiff(final="euler"). `guidance`:
+    an object of evodiff.guidance. `labels`: the class of each seed; by default it is drawn from the seed. The other
+    arguments are keys of configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
+
+    Raises ConfigError for what does not exist, BudgetError for an `nfe` that the solver cannot spend exactly, and
+    SamplingError if the network returns NaN.
+    """
+    model = _pretrained(model, shape, device)
+    solver = named_solver(solver) if isinstance(solver, str) else solver
+    spacing: Spacing = named_grid(grid) if isinstance(grid, str) else grid
+    if threshold not in THRESHOLDS:
+        raise ConfigError(f"threshold={threshold} does not exist; possible: {', '.join(THRESHOLDS)}.")
+    if not len(seeds):
+        raise ConfigError("seeds is empty: give at least one, like seeds=range(16).")
+    if labels is not None and (not model.num_classes or len(labels) != len(seeds)):
+        raise ConfigError(f"{len(labels)} labels for {len(seeds)} seeds of a model with {model.num_classes} classes.")
+    if nfe is not None:
+        solver = solver.for_budget(nfe - denoise_final)
+    schedule = model.denoiser(None).schedule
+    nodes = grid_for(nfe, solver, spacing, schedule, denoise_final=denoise_final, t_start=t_start, t_end=t_end)
+    solver.check(nodes, model.shape)
+
+    parts = []
+    for first in range(0, len(seeds), batch):
+        own = tuple(seeds[first : first + batch])
+        noise = SeededNoise(own)
+        y = None
+        if model.num_classes:
+            y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels[first : first + batch])
+            y = y.to(model.device)
+        denoiser = THRESHOLDS[threshold](guidance(model, y))
+        parts.append(
+            generate(
+                denoiser,
+                solver,
+                nodes,
+                own,
+                model.shape,
+                denoise_final=denoise_final,
+                noise=noise,
+                device=model.device,
+                dtype=dtype,
+                decode=model.decode,
+            )
+        )
+    x, images = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "images"))
+    return Generated(tuple(seeds), x, images, max(part.nfe for part in parts))
+
+
+def named_solver(name: str, **fields: Any) -> Solver:
+    """The solver of a file of configs/solver, or of another package (evodiff.plugins), with other `fields`.
+
+    >>> from evodiff.api import named_solver
+    >>> named_solver("dpmpp_2m", lower_order_final=False)
+    DPMSolverPP(order=2, lower_order_final=False)
+
+    Raises ConfigError, naming what is possible.
+    """
+    config = _config("solver", name)
+    if unknown := sorted(fields.keys() - config.keys()):
+        possible = ", ".join(key for key in config if key not in ("name", "_target_")) or "none"
+        raise ConfigError(f"solver={name} has no field {', '.join(unknown)}. Possible: {possible}.")
+    return build({**config, **fields})
+
+
+def named_grid(name: str) -> Spacing:
+    """The spacing of a file of configs/grid. Raises ConfigError, naming what is possible."""
+    return build(_config("grid", name))
+
+
+def _config(group: str, name: str) -> dict[str, Any]:
+    """What a name stands for in a group of configs/."""
+    known = choices(group)
+    if name not in known:
+        raise ConfigError(f"{group}={name} does not exist.{nearest(name, known)} Possible: {', '.join(known)}.")
+    if group == "solver" and name in registered():
+        return {"name": name, **registered()[name]}
+    content = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{name}.yaml"))
+    assert isinstance(content, dict)
+    return {"name": name, **{str(key): value for key, value in content.items()}}
+
+
+def _pretrained(
+    model: Pretrained | Denoiser | str, shape: Sequence[int] | None, device: torch.device | str | None
+) -> Pretrained:
+    if isinstance(model, str):
+        return build(_config("model", model), device=str(device or "cpu"))
+    if isinstance(model, Pretrained):
+        return model
+    if isinstance(model, nn.Module) or not hasattr(model, "schedule"):
+        raise ConfigError(
+            f"a {type(model).__name__} is no denoiser with a schedule. Make a model of it: evodiff.wrap(network, "
+            f"shape=..., predicts=..., schedule=...)."
+        )
+    if shape is None or len(shape) != 3:
+        raise ConfigError("a denoiser does not tell the size of its samples: give shape=(channels, height, width).")
+    channels, height, width = shape
+    return Pretrained(lambda labels: model, (channels, height, width), device=torch.device(device or "cpu"))

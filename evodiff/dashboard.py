@@ -1,0 +1,123 @@
+"""The process that speaks to Weights & Biases: what to show comes as JSON on standard input (see tracking.WandB).
+
+Ends with 0, or with 1 after one line on standard output that says what went wrong.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from evodiff.paths import RESULTS
+
+
+def push(content: dict[str, Any]) -> None:
+    """Write every run, and the table's own; in the online mode its report as well."""
+    for run in content["runs"]:
+        with _wandb_run(content, **{key: run[key] for key in ("id", "name", "group", "job_type", "config")}) as shown:
+            if run["grid"]:
+                import wandb
+
+                shown.log({"grid": wandb.Image(run["grid"])}, step=0)  # a step given twice counts once
+            shown.summary.update(run["summary"])
+        _forget_older(shown)
+    if content["table"]:
+        _push_table(content, content["table"])
+        if content["mode"] == "online":
+            _save_report(content, content["table"])
+
+
+def _push_table(content: dict[str, Any], table: dict[str, Any]) -> None:
+    import wandb
+
+    name = table["name"]
+    with _wandb_run(content, id=f"table-{name}", name=name, group=name, job_type="table", config={}) as shown:
+        panels: dict[str, Any] = {"cells": wandb.Table(columns=table["columns"], data=table["lines"])}
+        for metric, curves in table["curves"].items():
+            xs, ys = ([curve[i] for curve in curves.values()] for i in (0, 1))
+            panels[chart_key(metric)] = wandb.plot.line_series(
+                xs=xs, ys=ys, keys=list(curves), title=f"{name}: {metric} against NFE", xname="NFE"
+            )
+        shown.log(panels)
+    _forget_older(shown)
+
+
+def chart_key(metric: str) -> str:
+    """A name that W&B can query: letters, digits, underscores."""
+    return re.sub(r"\W", "_", f"{metric}_against_nfe")
+
+
+def _wandb_run(content: dict[str, Any], **given: Any) -> Any:
+    import wandb
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
+    where = {key: content[key] for key in ("project", "entity", "mode")}
+    return wandb.init(dir=RESULTS, resume="allow", settings=settings, reinit="finish_previous", **where, **given)
+
+
+def _forget_older(shown: Any) -> None:
+    """Of several offline copies of one run keep the last: it has everything, and `wandb sync` would count each."""
+    if shown.settings.mode == "offline":
+        kept = Path(shown.dir).parent
+        for folder in kept.parent.glob(f"offline-run-*-{shown.id}"):
+            if folder != kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def report(content: dict[str, Any], table: dict[str, Any]) -> Any:
+    """A W&B report of a table: its curves and cells, and its runs with their grids. None without wandb-workspaces."""
+    try:
+        import wandb_workspaces.reports.v2 as wr
+    except ImportError:
+        return None
+    where = {"project": content["project"], "entity": content["entity"]}
+    runs = wr.Runset(**where, name="cells", filters=f"Group == '{table['name']}' and JobType != 'table'")
+    summary = wr.Runset(**where, name="table", filters=f"Group == '{table['name']}' and JobType == 'table'")
+    scatter = [wr.ScatterPlot(title=metric, x="s:nfe", y=f"s:{metric}", log_y=True) for metric in table["curves"]]
+    fields = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}
+    curves = [
+        wr.CustomChart(
+            query={"summaryTable": {"tableKey": f"{chart_key(metric)}_table"}},
+            chart_name="wandb/lineseries/v0",
+            chart_fields=fields,
+            chart_strings={"title": f"{metric} against NFE", "xname": "NFE"},
+        )
+        for metric in table["curves"]
+    ]
+    return wr.Report(
+        **where,
+        title=f"evodiff: {table['name']}",
+        description="Made from the records by `evodiff wandb push`.",
+        blocks=[
+            wr.H1(table["name"]),
+            wr.PanelGrid(runsets=[summary], panels=[wr.WeavePanelSummaryTable(table_name="cells"), *curves]),
+            wr.PanelGrid(runsets=[runs], panels=[*scatter, wr.MediaBrowser(media_keys=["grid"])]),
+        ],
+    )
+
+
+def _save_report(content: dict[str, Any], table: dict[str, Any]) -> None:
+    try:
+        if (made := report(content, table)) is not None:
+            made.save()
+    except Exception as e:  # the runs are there, and show the same
+        print(f"the report was not saved ({' '.join(f'{type(e).__name__}: {e}'.split())})")
+
+
+def main() -> int:
+    try:
+        push(json.load(sys.stdin))
+    except ImportError as e:
+        print(f"wandb is not installed ({e}): pip install 'evodiff[wandb]'")
+        return 1
+    except Exception as e:
+        print(" ".join(f"{type(e).__name__}: {e}".split()))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The solvers of this project as schedulers of diffusers (`pip install 'evodiff[diffusers]'`).
+
+    from evodiff.interop.diffusers import EVODiffScheduler
+
+    pipe.scheduler = EVODiffScheduler.from_config(pipe.scheduler.config)
+    image = pipe("a bird", num_inference_steps=10).images[0]
+
+A pipeline calls the network and hands its output to `step`; a solver with one evaluation per step asks for exactly that
+output, at the state and the node the pipeline has just been at. So `step` is the solver's own `step`, whose denoiser
+gives what was handed in, and each number of inference steps is one network evaluation: `num_inference_steps` is `nfe`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evodiff.api import named_grid, named_solver
+from evodiff.compat import import_torchvision
+from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
+from evodiff.errors import ConfigError, SamplingError
+from evodiff.grid import Step, TimeGrid
+from evodiff.interop.process import VP, Straight, listed_timesteps, process_of, shifted, spacing_of, translated
+from evodiff.schedule import Node, NoiseSchedule
+from evodiff.solvers.base import Solver
+
+import_torchvision()  # diffusers imports it, and beside a CPU build of torch it fails without this
+try:
+    from diffusers import ConfigMixin, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as e:
+    raise ConfigError(
+        "evodiff.interop.diffusers needs the package diffusers. Install it: pip install 'evodiff[diffusers]'."
+    ) from e
+
+
+@dataclass
+class SolverSchedulerOutput(SchedulerOutput):
+    """`prev_sample`, the state at the next node, and `pred_original_sample`, the data prediction D at this one."""
+
+    pred_original_sample: Tensor | None = None
+
+
+class SolverScheduler(SchedulerMixin, ConfigMixin):
+    """Any solver of this project that evaluates the network once per step, by its name in configs/solver.
+
+    `solver_fields` are its fields, like {"order": 3}. `spacing` is a name in configs/grid (logsnr, karras, time_uniform,
+    ...); null follows `use_karras_sigmas`, `use_lu_lambdas`, `use_exponential_sigmas` and `timestep_spacing`. Timesteps
+    are not rounded to whole numbers. With final_sigmas_type="sigma_min" the last step ends at the smallest noise level of
+    training; with "zero" the last network evaluation is the result (`denoise_final` elsewhere in this project).
+    `clip_sample` and `thresholding` limit D. The other arguments are those of diffusers' schedulers.
+
+    A configuration of another scheduler is taken at its word on the process (betas, prediction, flow shift, EDM's
+    sigma_data) and the spacing, but for its solver's own settings (solver_order, lower_order_final, ...).
+    """
+
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    order = 1
+    fixed_solver: str | None = None
+
+    @register_to_config
+    def __init__(
+        self,
+        solver: str = "evodiff",
+        solver_fields: dict[str, Any] | None = None,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        lambda_min_clipped: float = -math.inf,
+        prediction_type: str = "epsilon",
+        spacing: str | None = None,
+        use_karras_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        final_sigmas_type: str = "sigma_min",
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        sigma_data: float | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+    ):
+        if self.fixed_solver:
+            self.register_to_config(solver=self.fixed_solver)
+        check_choice("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
+        check_choice("final_sigmas_type", final_sigmas_type, ("sigma_min", "zero"))
+        self.process = process_of(self.config)
+        self.solver = one_evaluation(self.config.solver, **(solver_fields or {}))
+        self.init_noise_sigma = self.process.init_noise_sigma
+        if isinstance(self.process, VP):
+            log_alphas = torch.tensor(self.process.schedule.log_alphas, dtype=torch.float64)
+            alphas_cumprod = (2 * log_alphas).exp()
+            self.alphas_cumprod = alphas_cumprod.float()
+            self.alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]]).float()
+            self.betas = 1 - self.alphas
+        schedule = self.process.schedule
+        ends = [self.process.timestep(t) for t in (schedule.t_start, schedule.t_end)]
+        self.timesteps = torch.linspace(*ends, num_train_timesteps)
+        self.num_inference_steps: int | None = None
+        self._set((), None)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        if isinstance(config, Mapping):
+            config = {**config, **translated(config)}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @property
+    def step_index(self) -> int | None:
+        """The step that comes next; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at a later step: the solver takes that for its first."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Choose the nodes by one of: their number, the timesteps of all evaluations, or noise levels.
+
+        `sigmas` falls; it is sigma / alpha, of flows sigma itself. Of n + 1 values the last is where the last step ends,
+        0 meaning that the last evaluation is the result; for flows, n values as pipelines give them, moved by
+        `flow_shift`. `mu`: a flow shift of exp(mu) for this call. Raises ConfigError.
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) - (sigmas is not None) > 1 or (
+            num_inference_steps is None and timesteps is None and sigmas is None
+        ):
+            raise ConfigError("set_timesteps needs one of num_inference_steps, timesteps and sigmas.")
+        shift = self.config.flow_shift if mu is None else math.exp(mu)
+        if sigmas is not None:
+            times, to_zero = self._times_of_sigmas([float(sigma) for sigma in sigmas], shift)
+        elif timesteps is not None:
+            times, to_zero = self._with_end([self.process.t_of_timestep(float(t)) for t in timesteps])
+        else:
+            assert num_inference_steps is not None
+            times, to_zero = self._times(num_inference_steps, shift)
+        schedule = self.process.schedule
+        nodes = tuple(schedule.node(t) for t in times)
+        if len(nodes) > 1:
+            TimeGrid(nodes, schedule)  # refuses times that do not fall
+        self._set(nodes, device, to_zero)
+
+    def _times(self, n: int, shift: float) -> tuple[list[float], bool]:
+        if n < 1:
+            raise ConfigError(f"num_inference_steps={n} is impossible; possible: at least 1.")
+        config, schedule = self.config, self.process.schedule
+        to_zero = config.final_sigmas_type == "zero"
+        spaced = config.use_karras_sigmas or config.use_lu_lambdas or config.use_exponential_sigmas or config.spacing
+        if isinstance(self.process, VP) and config.timestep_spacing != "linspace" and not spaced:
+            listed = listed_timesteps(config.timestep_spacing, n, self.process.num_timesteps, config.steps_offset)
+            return self._with_end([self.process.t_of_timestep(t) for t in listed])
+        if config.spacing is not None:
+            spacing = named_grid(config.spacing)
+        else:
+            spacing = spacing_of(config, isinstance(self.process, Straight), shift)
+        steps = n - to_zero
+        return spacing.times(steps, schedule, schedule.t_start, schedule.t_end) if steps else [
+            schedule.t_start
+        ], to_zero
+
+    def _times_of_sigmas(self, sigmas: list[float], shift: float) -> tuple[list[float], bool]:
+        ends_at_0 = bool(sigmas) and sigmas[-1] == 0
+        sigmas = sigmas[:-1] if ends_at_0 else sigmas
+        if not sigmas or min(sigmas) <= 0:
+            raise ConfigError(f"sigmas={sigmas} is impossible: they must fall, and only the last may be 0.")
+        flow = isinstance(self.process, Straight)
+        times = [self.process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in sigmas]
+        if ends_at_0:
+            return times, True
+        return self._with_end(times) if flow else (times, False)
+
+    def _with_end(self, times: list[float]) -> tuple[list[float], bool]:
+        """Times of the evaluations, and unless the last one is the result, the end of the schedule."""
+        to_zero = self.config.final_sigmas_type == "zero"
+        return (times if to_zero else [*times, self.process.schedule.t_end]), to_zero
+
+    def _set(self, nodes: tuple[Node, ...], device: torch.device | str | None, to_zero: bool = False) -> None:
+        self._nodes, self._evaluated = nodes, nodes if to_zero else nodes[:-1]
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._grid: TimeGrid | None = None
+        self._state: Any = None
+        self._noise = GeneratorNoise()
+        if not nodes:
+            return
+        timesteps = [self.process.timestep(node.t) for node in self._evaluated]
+        self.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([self.process.sigma(node) for node in nodes] + [0.0] * to_zero)
+        self.num_inference_steps = len(timesteps)
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The step whose timestep is nearest."""
+        return int((self.timesteps.cpu() - float(timestep)).abs().argmin())
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The network's input; with EDM's preconditioning it is the state, scaled."""
+        if timestep is None or isinstance(self.process, VP | Straight):
+            return sample
+        node = self.process.schedule.node(self.process.t_of_timestep(float(timestep)))
+        return sample * self.process.input_scale(node)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma z, at one timestep or at one per sample."""
+        nodes = [self.process.schedule.node(self.process.t_of_timestep(t)) for t in timesteps.flatten().tolist()]
+        per_sample = [1] * (original_samples.ndim - 1)
+        like = original_samples
+        alpha, sigma = (
+            torch.tensor([getattr(node, name) for node in nodes], dtype=torch.float64).to(like.device, like.dtype)
+            for name in ("alpha", "sigma")
+        )
+        return alpha.view(-1, *per_sample) * original_samples + sigma.view(-1, *per_sample) * noise
+
+    scale_noise = add_noise
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SolverSchedulerOutput | tuple[Tensor, ...]:
+        """From the network's output at `sample` [B, C, ...] to the state at the next node.
+
+        Computed in float32 at least, returned in the dtype of `sample`. Channels of the output beyond C, a learned
+        variance, are left out. `timestep` decides where the first call begins, unless `set_begin_index` did. Raises
+        SamplingError before `set_timesteps` and after the last step.
+        """
+        if not self._nodes:
+            raise SamplingError("step comes before set_timesteps: call scheduler.set_timesteps(n) first.")
+        if self._step_index is None:
+            if self._begin_index is None:
+                self._begin_index = self.index_for_timestep(timestep)
+            self._begin(self._begin_index, sample)
+        i, begin = self._step_index, self._begin_index
+        assert i is not None and begin is not None
+        if i >= len(self._evaluated):
+            raise SamplingError(f"all {len(self._evaluated)} steps are done: call scheduler.set_timesteps(n) again.")
+        node = self._nodes[i]
+        x = images(sample.to(torch.promote_types(sample.dtype, torch.float32)))
+        out = images(model_output[:, : sample.shape[1]].to(x.dtype))
+        given = GivenOutput(self.process.data(x, out, node), node, self.process.schedule)
+        denoise = self._limited(given)
+        if i + 1 < len(self._nodes):
+            assert self._grid is not None
+            self._noise.generator = generator
+            x_t, self._state = self.solver.step(denoise, x, Step(self._grid, i - begin), self._state)
+        else:
+            x_t = denoise(x, node)
+        self._step_index = i + 1
+        x_t = x_t.reshape(sample.shape).to(sample.dtype)
+        if not return_dict:
+            return (x_t,)
+        return SolverSchedulerOutput(x_t, given.D.reshape(sample.shape).to(sample.dtype))
+
+    def _begin(self, index: int, sample: Tensor) -> None:
+        self._step_index = index
+        rest = self._nodes[index:]
+        if len(rest) > 1:
+            self._grid = TimeGrid(rest, self.process.schedule)
+            self.solver.check(self._grid, images(sample).shape[1:])
+        self._state = self.solver.init(self._noise)
+
+    def _limited(self, denoise: Denoiser) -> Denoiser:
+        config = self.config
+        if config.thresholding:
+            return DynamicThreshold(Clipped(denoise, config.sample_max_value), config.dynamic_thresholding_ratio)
+        return Clipped(denoise, config.clip_sample_range) if config.clip_sample else denoise
+
+
+class EVODiffScheduler(SolverScheduler):
+    """EVODiff (arXiv 2509.26096) as a scheduler; `solver_fields` are those of evodiff.solvers.evodiff.EVODiff."""
+
+    fixed_solver = "evodiff"
+
+
+class GivenOutput:
+    """The denoiser of one step: D of the network output that the pipeline has computed."""
+
+    def __init__(self, D: Tensor, node: Node, schedule: NoiseSchedule):
+        self.D, self.node, self.schedule, self.asked = D, node, schedule, False
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        if self.asked or node != self.node:
+            raise SamplingError(
+                "the solver asks for a network output that the pipeline has not computed: it is none that evaluates "
+                "the network once per step, at the state it was given."
+            )
+        self.asked = True
+        return self.D
+
+
+class GeneratorNoise:
+    """The noise of a stochastic step, from the generator that `step` was given, or one per sample."""
+
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    def normal(self, like: Tensor) -> Tensor:
+        return randn_tensor(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+
+
+def one_evaluation(name: str, **fields: Any) -> Solver:
+    """The solver of a name. Raises ConfigError if it needs other evaluations than the pipeline's one per step."""
+    solver = named_solver(name, **fields)
+    if solver.adaptive or any(solver.evaluations(n) != n for n in range(1, 7)):
+        raise ConfigError(
+            f"solver={name} does not evaluate the network exactly once per step, as a scheduler must; possible: "
+            f"multistep solvers like evodiff, dpmpp_2m, unipc_3, deis_tab3."
+        )
+    return solver
+
+
+def check_choice(name: str, value: str, possible: Sequence[str]) -> None:
+    if value not in possible:
+        raise ConfigError(f"{name}={value} does not exist; possible: {', '.join(possible)}.")
+
+
+def images(x: Tensor) -> Tensor:
+    """[B, C, H, W] as it is; samples of another shape (sound, video, tokens) as one channel each, [B, 1, N, 1]."""
+    return x if x.ndim == 4 else x.reshape(len(x), 1, -1, 1)

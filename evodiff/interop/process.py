@@ -1,0 +1,236 @@
+"""What a scheduler's configuration says of the process its network was trained on, in the words of this project.
+
+A diffusers timestep is what the network is told of the time; our time t and it are one to one:
+
+    VP    t = (timestep + 1) / N     sigma is kappa = sigma / alpha
+    flow  t = timestep / N           sigma is t itself
+    EDM   t = exp(4 timestep)        sigma is t itself
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from evodiff.errors import ConfigError
+from evodiff.grid import Karras, LogSNR, Spacing, TimeUniform
+from evodiff.models.adapter import PREDICTIONS as TO_DATA
+from evodiff.models.loading import cosine_betas, scaled_linear_betas
+from evodiff.schedule import EDM, DiscreteVP, Flow, Node, NoiseSchedule
+
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+"""diffusers' names, and ours."""
+
+ZERO_SNR_ALPHA = 2.0**-12
+"""alpha where a rescaled schedule would have 0."""
+
+
+class Process(Protocol):
+    """A noise schedule, and a network's view of it."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+    @property
+    def init_noise_sigma(self) -> float: ...
+    def timestep(self, t: float) -> float: ...
+    def t_of_timestep(self, timestep: float) -> float: ...
+    def t_of_sigma(self, sigma: float) -> float: ...
+    def sigma(self, node: Node) -> float: ...
+
+    def input_scale(self, node: Node) -> float:
+        """What the network's input is times the state."""
+        ...
+
+    def data(self, x: Tensor, out: Tensor, node: Node) -> Tensor:
+        """D from what the network returned at the state x."""
+        ...
+
+
+@dataclass(frozen=True)
+class VP:
+    """A discrete VP schedule of N timesteps."""
+
+    schedule: DiscreteVP
+    predicts: str
+    init_noise_sigma: ClassVar[float] = 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.schedule.log_alphas)
+
+    def timestep(self, t: float) -> float:
+        return self.num_timesteps * t - 1
+
+    def t_of_timestep(self, timestep: float) -> float:
+        return (timestep + 1) / self.num_timesteps
+
+    def t_of_sigma(self, sigma: float) -> float:
+        return self.schedule.t_at(-math.log(sigma))
+
+    def sigma(self, node: Node) -> float:
+        return node.kappa
+
+    def input_scale(self, node: Node) -> float:
+        return 1.0
+
+    def data(self, x: Tensor, out: Tensor, node: Node) -> Tensor:
+        return TO_DATA[self.predicts](x, out, node)
+
+
+@dataclass(frozen=True)
+class Straight:
+    """The straight path of flow matching."""
+
+    schedule: Flow
+    num_timesteps: int
+    predicts: str
+    init_noise_sigma: ClassVar[float] = 1.0
+
+    def timestep(self, t: float) -> float:
+        return self.num_timesteps * t
+
+    def t_of_timestep(self, timestep: float) -> float:
+        return self.t_of_sigma(timestep / self.num_timesteps)
+
+    def t_of_sigma(self, sigma: float) -> float:
+        return min(sigma, self.schedule.t_start)  # sigma 1 has no signal, and pipelines begin there
+
+    def sigma(self, node: Node) -> float:
+        return node.sigma
+
+    def input_scale(self, node: Node) -> float:
+        return 1.0
+
+    def data(self, x: Tensor, out: Tensor, node: Node) -> Tensor:
+        return TO_DATA[self.predicts](x, out, node)
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """EDM's schedule, and the raw output of a network that EDM preconditions (arXiv 2206.00364, table 1).
+
+    D = c_skip x + c_out F; diffusers' `v_prediction` is F with the other sign.
+    """
+
+    schedule: EDM
+    sigma_data: float
+    predicts: str
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return self.schedule.t_start
+
+    def timestep(self, t: float) -> float:
+        return 0.25 * math.log(t)
+
+    def t_of_timestep(self, timestep: float) -> float:
+        return math.exp(4 * timestep)
+
+    def t_of_sigma(self, sigma: float) -> float:
+        return sigma
+
+    def sigma(self, node: Node) -> float:
+        return node.sigma
+
+    def input_scale(self, node: Node) -> float:
+        return 1 / math.hypot(node.sigma, self.sigma_data)
+
+    def data(self, x: Tensor, out: Tensor, node: Node) -> Tensor:
+        size = math.hypot(node.sigma, self.sigma_data)
+        c_out = node.sigma * self.sigma_data / size
+        return (self.sigma_data / size) ** 2 * x + (-c_out if self.predicts == "v" else c_out) * out
+
+
+def process_of(config: Mapping[str, Any]) -> Process:
+    """The process of a scheduler's configuration. Raises ConfigError."""
+    prediction = config["prediction_type"]
+    if prediction not in PREDICTIONS:
+        raise ConfigError(f"prediction_type={prediction} does not exist; possible: {', '.join(PREDICTIONS)}.")
+    predicts, n = PREDICTIONS[prediction], config["num_train_timesteps"]
+    if config["sigma_data"] is not None:
+        if predicts not in ("eps", "v"):
+            raise ConfigError(f"prediction_type={prediction} with sigma_data; possible: epsilon, v_prediction.")
+        return Preconditioned(
+            EDM(config["sigma_max"] or 80.0, config["sigma_min"] or 0.002), config["sigma_data"], predicts
+        )
+    if config["use_flow_sigmas"] or predicts == "flow":
+        return Straight(Flow(1 - 1 / n, 1 / n), n, predicts)
+    return VP(discrete_vp(config), predicts)
+
+
+def discrete_vp(config: Mapping[str, Any]) -> DiscreteVP:
+    """The schedule of the betas that a configuration gives or names."""
+    n, kind, betas = config["num_train_timesteps"], config["beta_schedule"], config["trained_betas"]
+    ends = config["beta_start"], config["beta_end"]
+    if betas is not None:
+        betas = [float(beta) for beta in betas]
+    elif kind == "linear":
+        betas = [ends[0] + (ends[1] - ends[0]) * i / max(n - 1, 1) for i in range(n)]
+    elif kind == "scaled_linear":
+        betas = scaled_linear_betas(*ends, n)
+    elif kind == "squaredcos_cap_v2":
+        betas = cosine_betas(n)
+    else:
+        possible = "linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
+        raise ConfigError(f"beta_schedule={kind} is not known here; possible: {possible}.")
+    schedule = DiscreteVP.from_betas(betas, t_end=1 / len(betas))
+    if config["rescale_betas_zero_snr"]:
+        schedule = DiscreteVP(zero_terminal_snr(schedule.log_alphas), t_end=1 / len(betas))
+    lowest = config["lambda_min_clipped"]
+    if schedule.node(1.0).lam < lowest:
+        schedule = DiscreteVP(schedule.log_alphas, t_start=schedule.t_at(lowest), t_end=1 / len(betas))
+    return schedule
+
+
+def zero_terminal_snr(log_alphas: Sequence[float]) -> tuple[float, ...]:
+    """alphas shifted and scaled to run from the same first one to 0 (arXiv 2305.08891, algorithm 1), nearly."""
+    alphas = [math.exp(v) for v in log_alphas]
+    scale = alphas[0] / (alphas[0] - alphas[-1])
+    *inner, _ = ((a - alphas[-1]) * scale for a in alphas)
+    return tuple(math.log(a) for a in (*inner, min(ZERO_SNR_ALPHA, inner[-1] / 2)))
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Uniform times of a flow, moved to t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206, eq. 23)."""
+
+    shift: float = 1.0
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        return [shifted(t, self.shift) for t in TimeUniform().times(n, schedule, t_start, t_end)]
+
+
+def shifted(t: float, shift: float) -> float:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def spacing_of(config: Mapping[str, Any], flow: bool, shift: float) -> Spacing:
+    """The spacing that a configuration's flags ask for; uniform times if none is set. Raises ConfigError."""
+    if config["use_beta_sigmas"]:
+        raise ConfigError("use_beta_sigmas is not known here; choose a spacing, like spacing='karras', or give sigmas.")
+    if config["use_karras_sigmas"]:
+        return Karras()
+    if config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
+        return LogSNR()
+    return Shifted(shift) if flow else TimeUniform()
+
+
+def listed_timesteps(kind: str, n: int, num_timesteps: int, offset: int) -> list[float]:
+    """diffusers' `leading` and `trailing` choice of n of the timesteps 0 to num_timesteps - 1, falling."""
+    if kind == "leading":
+        return [float(k * (num_timesteps // (n + 1)) + offset) for k in range(n, 0, -1)]
+    return [num_timesteps * (1 - k / n) - 1 for k in range(n)]
+
+
+def translated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of another diffusers scheduler means without saying so. Raises ConfigError."""
+    name = str(config.get("_class_name", ""))
+    if config.get("invert_sigmas"):
+        raise ConfigError(f"{name} with invert_sigmas counts its times the other way round, which is not known here.")
+    if name.startswith("FlowMatch"):
+        return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
+    if name.endswith("Scheduler") and not {"beta_schedule", "trained_betas", "sigma_data"} & config.keys():
+        raise ConfigError(f"the noise schedule of {name} is not known here; possible: VP (betas), flow matching, EDM.")
+    return {}

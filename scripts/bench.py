@@ -1,0 +1,421 @@
+"""What the pipeline costs beside the network, and what number formats bring: `python scripts/bench.py [PART ...]
+[--device cuda] [--official PATH]` writes results/bench/pipeline.json and .md.
+
+Every figure is a ratio of times taken in turns in one run, or stands beside what it is compared with: medians over
+repeats, with quartiles. The networks of EDM's CIFAR-10 size and of ADM's ImageNet-256 size have random weights.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import evodiff.experiment
+from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
+from evodiff.experiment import Job, sample_run, score_run
+from evodiff.guidance import Classifier
+from evodiff.metrics.features import extractor
+from evodiff.metrics.frechet import frechet_distance
+from evodiff.metrics.moments import Moments
+from evodiff.metrics.score import score
+from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
+from evodiff.models.edm import Preconditioned
+from evodiff.models.guided_diffusion import NoisyClassifier
+from evodiff.models.mnist import mnist_tiny
+from evodiff.models.networks import build as build_network
+from evodiff.models.pretrained import Pretrained
+from evodiff.paths import RESULTS
+from evodiff.precision import PRECISIONS, prepared
+from evodiff.sampling import generate
+from evodiff.schedule import DiscreteVP
+
+MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
+NFE = 10
+
+
+def random_weights(architecture: str, config: dict[str, Any], device: str) -> nn.Module:
+    """A network whose layers that start at zero have small random weights too, so that all of it computes."""
+    torch.manual_seed(0)
+    network = build_network(architecture, config)
+    for weights in network.parameters():
+        if not weights.any():
+            nn.init.normal_(weights, std=0.01)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def edm_cifar10(device: str = "cpu") -> Pretrained:
+    network = random_weights(
+        "edm",
+        {"class_name": "EDMPrecond", "model_type": "SongUNet", "embedding_type": "positional", "label_dim": 0}
+        | {"encoder_type": "standard", "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1]}
+        | {"model_channels": 128, "channel_mult": [2, 2, 2], "augment_dim": 9, "img_resolution": 32, "img_channels": 3},
+        device,
+    )
+    denoiser = Preconditioned(network)
+    return Pretrained(lambda labels: denoiser, (3, 32, 32), device=torch.device(device), networks=(network,))
+
+
+def tiny(device: str = "cpu") -> Pretrained:
+    return mnist_tiny(device=device)
+
+
+def adm256(device: str = "cpu") -> Pretrained:
+    shared = {"image_size": 256, "in_channels": 3, "num_res_blocks": 2, "attention_resolutions": [8, 16, 32]}
+    shared |= {"num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True}
+    unet = {"model_channels": 256, "out_channels": 6, "channel_mult": [1, 1, 2, 2, 4, 4], "num_classes": 1000}
+    guide = {"model_channels": 128, "out_channels": 1000, "channel_mult": [1, 1, 2, 2, 4, 4], "pool": "attention"}
+    network = random_weights("guided_diffusion", shared | unet | {"num_heads": 4}, device)
+    classifier = random_weights("guided_diffusion_classifier", shared | guide, device)
+    seen = process(DiscreteVP.linear(), DiscreteTime())
+    return Pretrained(
+        lambda labels: NetworkDenoiser(lambda x, t: network(x, t, labels), "eps", seen),
+        (3, 256, 256),
+        num_classes=1000,
+        device=torch.device(device),
+        classifier=NoisyClassifier(classifier, seen),
+        networks=(network, classifier),
+    )
+
+
+class Stopwatch:
+    """A denoiser that adds up the time spent in it."""
+
+    def __init__(self, denoiser: Any, device: str):
+        self.denoiser, self.schedule, self.device = denoiser, denoiser.schedule, device
+        self.inside = 0.0
+        self.events: list[tuple[Any, Any]] = []
+
+    def __call__(self, x: Tensor, node: Any) -> Tensor:
+        if self.device.startswith("cuda"):  # events on the stream: nothing waits
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            out = self.denoiser(x, node)
+            last.record()
+            self.events.append((first, last))
+            return out
+        started = time.perf_counter()
+        out = self.denoiser(x, node)
+        self.inside += time.perf_counter() - started
+        return out
+
+    def total(self) -> float:
+        finished(self.device)
+        return self.inside + sum(a.elapsed_time(b) / 1000 for a, b in self.events)
+
+
+def overhead(device: str, _: Any) -> dict[str, Any]:
+    """Time outside the network, relative to the time in it, of everything from seeds to uint8 images."""
+    gpu = device.startswith("cuda")
+    sizes: dict[str, tuple[Callable[[str], Pretrained], int, int, int, tuple[str, ...]]] = {
+        "mnist_tiny": (tiny, 500 if gpu else 100, NFE, 5, MAIN),
+        "EDM CIFAR-10 size": (edm_cifar10, 256 if gpu else 4, NFE if gpu else 5, 5 if gpu else 3, MAIN),
+        "ADM ImageNet-256 size, guided": (adm256, 8 if gpu else 1, NFE if gpu else 2, 3 if gpu else 2, MAIN[1::3]),
+    }
+    found: dict[str, Any] = {}
+    for name, (make, batch, nfe, repeats, solvers) in sizes.items():
+        model = prepared(make(device), "fp32", False, False)
+        shares: dict[str, list[float]] = {solver: [] for solver in solvers}
+        labels = torch.arange(batch, device=device) if model.num_classes else None
+        for repeat in range(repeats + gpu):
+            for solver in solvers:
+                run = Job.compose([f"solver={solver}", f"nfe={nfe}", "device=cpu"]).run
+                ready, grid = run.plan(model)
+                denoiser = Classifier(2.0)(model, labels) if labels is not None else model.denoiser(None)
+                watch = Stopwatch(denoiser, device)
+                taken = seconds(device, generate, watch, ready, grid, range(batch), model.shape, device=device)
+                if repeat >= gpu:  # on a GPU the first time chooses kernels
+                    shares[solver].append(taken / watch.total() - 1)
+        found[name] = {"batch": batch, "nfe": nfe} | {solver: spread(values) for solver, values in shares.items()}
+    return found
+
+
+def run_of(model: dict[str, Any], *overrides: str) -> Job:
+    """A job on a model that has no file in configs/model."""
+    job = Job.compose([f"nfe={NFE}", "reference_run=null", *overrides])
+    return replace(job, run=replace(job.run, model=model))
+
+
+MNIST = {"name": "mnist_tiny", "_target_": "evodiff.models.mnist.mnist_tiny"}
+CIFAR = {"name": "edm_cifar10_size", "_target_": "bench.edm_cifar10"}
+
+
+def whole_run(job: Job) -> None:
+    """From nothing to shards, and to a score where there is a protocol, in a folder that is thrown away."""
+    before = evodiff.experiment.RESULTS
+    with tempfile.TemporaryDirectory() as folder:
+        evodiff.experiment.RESULTS = Path(folder)
+        try:
+            assert sample_run(job)
+            if job.protocol:
+                score_run(job)
+        finally:
+            evodiff.experiment.RESULTS = before
+
+
+def official_loop(official: tuple[Any, Any], model: Pretrained, images: int, batch: int, job: Job) -> None:
+    """The official sampler in the usual loop: float64 state, float32 network, an npz a batch; and the score, if any."""
+    code, utils = official
+    network, made = model.networks[0], []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for seeds in (range(first, min(first + batch, images)) for first in range(0, images, batch)):
+            latents = torch.stack([torch.randn(model.shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+            schedule = utils.NoiseScheduleEDM()
+            wrapped = utils.model_wrapper(lambda x, t, label: network(x, t).to(torch.float64), schedule)
+            options = {"steps": NFE, "t_start": 80.0, "t_end": 0.002, "order": 2, "skip_type": "logSNR"}
+            x = code.EVODiff_edm(schedule).sample(wrapped, 80.0 * latents.to(job.device).double(), **options)
+            pixels = (x * 127.5 + 127.5).clip(0, 255).round().to(torch.uint8).cpu()
+            np.savez_compressed(Path(folder) / f"{seeds.start}.npz", samples=pixels.numpy())
+            made.append(pixels)
+        if job.protocol:
+            score(made, job.protocol, job.device)
+
+
+def pipeline(device: str, checkout: Path | None) -> dict[str, Any]:
+    """Images per second from seeds to files (and to the score), beside the official sampler in the usual loop on the
+    same network: float64 state, float32 network, no compilation; a batch of noise, sampling, uint8, an npz a batch."""
+    if checkout is None:
+        return {"missing": "no checkout of the official code was given (--official PATH)"}
+    sys.path.insert(0, str(next(checkout.rglob("samplers/evodiff.py")).parent.parent))
+    official = importlib.import_module("samplers.evodiff"), importlib.import_module("samplers.utils")
+    gpu = device.startswith("cuda")
+    cases: dict[str, tuple[dict[str, Any], int, int, list[str]]] = {
+        "mnist_tiny, with its score": (MNIST, 20_000 if gpu else 1000, 500, ["protocol=mnist", "metrics=[fid]"]),
+        "EDM CIFAR-10 size": (CIFAR, 4096 if gpu else 8, 256 if gpu else 8, ["protocol=none"]),
+    }
+    faster = {"ours, bf16, compiled": ["precision=bf16", "channels_last=true", "compile=true"]} if gpu else {}
+    ways: dict[str, list[str]] = {"ours, fp32": [], "ours, fp32, channels last": ["channels_last=true"], **faster}
+    found: dict[str, Any] = {}
+    for name, (config, images, batch, extra) in cases.items():
+        rates: dict[str, list[float]] = {"official-style loop": [], **{way: [] for way in ways}}
+        model = mnist_tiny(device=device) if config is MNIST else edm_cifar10(device)
+        given = [f"seeds=0-{images - 1}", f"batch={batch}", f"device={device}", *extra]
+        jobs = {way: run_of(config, *given, *options) for way, options in ways.items()}
+        for repeat in range(3 + gpu):
+            taken = [seconds(device, official_loop, official, model, images, batch, jobs["ours, fp32"])]
+            taken += [seconds(device, whole_run, job) for job in jobs.values()]
+            if repeat >= gpu:
+                for values, value in zip(rates.values(), taken, strict=True):
+                    values.append(images / value)
+        base = spread(rates["official-style loop"])["median"]
+        found[name] = {"images": images, "batch": batch} | {
+            way: spread(values) | {"times": spread(values)["median"] / base} for way, values in rates.items()
+        }
+    return found
+
+
+def formats(device: str, _: Any) -> dict[str, Any]:
+    """Number formats, memory layout and compilation: images per second, memory, and what they do to the images."""
+    gpu = device.startswith("cuda")
+    images, batch = (10_000, 1000) if gpu else (500, 250)
+    found: dict[str, Any] = {"images": images, "batch": batch, "nfe": NFE}
+    exact: tuple[Tensor, Moments] | None = None
+    for precision in PRECISIONS if gpu else ("fp32", "bf16"):
+        for channels_last, compiled in ((False, False), (True, False), (False, True), (True, True)):
+            model = prepared(mnist_tiny(device=device), precision, channels_last, compiled)
+            rate, x, moments = made_with(model, images, batch, device)
+            exact = exact or (x, moments)
+            name = f"{precision}{', channels last' * channels_last}{', compiled' * compiled}"
+            found[name] = {
+                "images/s": rate,
+                "change of the images": ((x - exact[0]).norm() / exact[0].norm()).item(),
+                "Fréchet distance to fp32": frechet_distance(moments, exact[1]),
+                "peak GB": torch.cuda.max_memory_allocated() / 1e9 if gpu else None,
+            }
+            torch.compiler.reset()
+    return found
+
+
+def made_with(model: Pretrained, images: int, batch: int, device: str) -> tuple[float, Tensor, Moments]:
+    """Images per second in the fastest batch, the states, and the moments of their features."""
+    ready, grid = Job.compose([f"nfe={NFE}"]).run.plan(model)
+    extract = extractor("mnist_classifier", device)
+    moments, states, best = Moments.zeros(extract.dim), [], float("inf")
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    for first in range(0, images, batch):
+        finished(device)
+        started = time.perf_counter()
+        made = generate(model.denoiser(None), ready, grid, range(first, first + batch), model.shape, device=device)
+        finished(device)
+        best = min(best, time.perf_counter() - started)
+        states.append(made.x.cpu())
+        moments.add(extract(made.images).features)
+    return batch / best, torch.cat(states), moments
+
+
+def batches(device: str, _: Any) -> dict[str, Any]:
+    """Network evaluations per second by batch size."""
+    gpu = device.startswith("cuda")
+    found: dict[str, Any] = {}
+    cases = {
+        "mnist_tiny": (mnist_tiny(device=device), 512),
+        "EDM CIFAR-10 size": (edm_cifar10(device), 1024 if gpu else 16),
+    }
+    for name, (model, most) in cases.items():
+        model = prepared(model, "fp32", False, False)
+        found[name] = {}
+        size = 1
+        while size <= most:
+            x = torch.zeros(size, *model.shape, device=device)
+            denoise = model.denoiser(None)
+            node = denoise.schedule.node(1.0)
+            with torch.no_grad():
+                times = [seconds(device, denoise, x, node) for _ in range(6)]
+            found[name][str(size)] = size / min(times[1:])
+            size *= 2
+    return found
+
+
+def writing(device: str, _: Any) -> dict[str, Any]:
+    """A run that writes its shards, beside the same sampling that writes nothing."""
+    images = 20_000 if device.startswith("cuda") else 1000
+    job = run_of(MNIST, f"seeds=0-{images - 1}", "protocol=none", "shard=200", "batch=200", f"device={device}")
+    model = prepared(mnist_tiny(device=device), "fp32", False, False)
+    ready, grid = job.run.plan(model)
+
+    def sampling() -> None:
+        for first in range(0, images, 200):
+            generate(model.denoiser(None), ready, grid, range(first, first + 200), model.shape, device=device)
+
+    ratios = [seconds(device, whole_run, job) / seconds(device, sampling) for _ in range(4)]
+    return {"images": images, "shard": 200, "run / sampling alone": spread(ratios[1:])}
+
+
+def start(device: str, _: Any) -> dict[str, Any]:
+    """Seconds from nothing, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"EVODIFF_RESULTS": folder, "PATH": str(Path(sys.executable).parent)}
+        commands = {
+            "import evodiff": ["-c", "import evodiff"],
+            "evodiff --help": ["-m", "evodiff.cli", "--help"],
+            "first image of mnist_tiny": ["-m", "evodiff.cli", "sample", "seeds=0", f"device={device}"],
+            "python -c 'import torch', beside them": ["-c", "import torch"],
+        }
+        found: dict[str, Any] = {}
+        for name, command in commands.items():
+            taken = []
+            for repeat in range(4):
+                seed = [f"seeds={repeat}"] if "sample" in command else []
+                arguments = [sys.executable, *command, *seed]
+                taken.append(
+                    seconds("cpu", subprocess.run, arguments, check=True, capture_output=True, env=environment)
+                )
+            found[name] = spread(taken[1:])
+    return found
+
+
+def large(device: str, _: Any) -> dict[str, Any]:
+    """Runs of the exact mixture through sampling and scoring: peak memory by number of images, files, images/s."""
+    found: dict[str, Any] = {}
+    for images in (5_000, 50_000):
+        out = subprocess.run(
+            [sys.executable, __file__, "--one-large-run", str(images), "--device", device],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        found[f"{images} images"] = json.loads(out.stdout.splitlines()[-1])
+    return found
+
+
+def one_large_run(images: int, device: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        evodiff.experiment.RESULTS = Path(folder)
+        job = Job.compose(["model=mixture", "model.shape=[3,32,32]", f"nfe={NFE}", f"seeds=0-{images - 1}",
+                           "protocol=none", "metrics=[contrast]", f"device={device}"])  # fmt: skip
+        held = memory("VmRSS")
+        forget_peak()
+        taken = seconds(device, sample_run, job) + seconds(device, score_run, job)
+        files = [path for path in job.run.folder.iterdir() if path.is_file()]
+        return {
+            "images/s": images / taken,
+            "peak GB": memory("VmHWM"),
+            "above the start GB": memory("VmHWM") - held,
+            "files": len(files),
+            "MB": sum(path.stat().st_size for path in files) / 1e6,
+        }
+
+
+PARTS: dict[str, Callable[[str, Path | None], dict[str, Any]]] = {
+    "overhead": overhead,
+    "pipeline": pipeline,
+    "formats": formats,
+    "batches": batches,
+    "writing": writing,
+    "start": start,
+    "large": large,
+}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [
+        "# The pipeline: what it costs beside the network",
+        "",
+        "`make bench`. " + " ".join(__doc__.split("\n\n")[1].split()),
+        "",
+    ]
+    if not any(device.startswith("cuda") for device in found):
+        lines += ["No figure of a GPU is recorded here yet: the same command with `--device cuda` takes them.", ""]
+    for device, parts in found.items():
+        for part, content in parts.items():
+            lines += [
+                f"## {device}: {part}",
+                "",
+                " ".join((PARTS[part].__doc__ or "").split()),
+                "",
+                on(content["machine"]),
+                "",
+            ]
+            lines += ["| | |", "|---|---|"]
+            for name, value in content.items():
+                if name != "machine":
+                    lines.append(f"| {name} | {shown(value)} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    match value:
+        case {"median": median, "quartiles": [low, high], **rest}:
+            more = "".join(f", {name} {shown(number)}" for name, number in rest.items())
+            return f"{shown(median)} ({shown(low)} to {shown(high)}){more}"
+        case dict():
+            return "; ".join(f"{name}: {shown(inner)}" for name, inner in value.items() if inner is not None)
+        case float():
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        case _:
+            return str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--official", type=Path, help="a checkout of github.com/ShiguiLi/EVODiff, only read")
+    parser.add_argument("--one-large-run", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one_large_run:
+        print(json.dumps(one_large_run(args.one_large_run, args.device)))
+        return
+    if unknown := sorted(set(args.parts) - PARTS.keys()):
+        parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    findings = Findings(RESULTS / "bench", "pipeline", markdown)
+    kind = args.device.split(":")[0]
+    for part in args.parts or PARTS:
+        measured = {"machine": machine(args.device), **PARTS[part](args.device, args.official)}
+        findings.add(kind, findings.found.get(kind, {}) | {part: measured})
+        print(f"{part}: done", file=sys.stderr)
+    print(findings.md.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""batch=auto, with a network and a clock that the test holds."""
+
+import pytest
+import torch
+
+from evodiff.batch_size import automatic
+from evodiff.errors import SamplingError
+
+
+class Device:
+    """A call of n images takes `fixed` + n * `each` seconds, and there is room for `room` images."""
+
+    def __init__(self, fixed=0.0, each=1.0, room=10**9):
+        self.fixed, self.each, self.room = fixed, each, room
+        self.now, self.calls = 0.0, []
+
+    def call(self, n):
+        self.calls.append(n)
+        if n > self.room:
+            raise torch.OutOfMemoryError("full")
+        self.now += self.fixed + n * self.each
+
+    def clock(self):
+        return self.now
+
+    def size(self, most=500):
+        return automatic(self.call, most, "cpu", self.clock)
+
+
+def test_it_grows_as_long_as_it_pays():
+    assert Device(fixed=0, each=1).size() == 8, "nothing is gained by more"
+    assert Device(fixed=100, each=1).size() == 500, "the fixed cost is shared by all there can be"
+    # twice n images bring 2 (n + 40) / (2n + 40), which is 1.05 at n = 380: from 256 it pays, from 512 it does not
+    assert Device(fixed=40, each=1).size(most=4096) == 512
+
+
+def test_never_more_than_there_are():
+    device = Device(fixed=100, each=1)
+    assert device.size(most=20) == 20
+    assert Device().size(most=3) == 3
+    assert max(device.calls) == 20
+
+
+def test_it_stops_where_memory_ends():
+    assert Device(fixed=1000, each=1, room=100).size() == 64
+    with pytest.raises(SamplingError, match="not even 8 images at a time fit on cpu"):
+        Device(room=5).size()
+
+
+def test_auto_makes_the_same_images(evodiff_command, results):
+    run = ["run", "solver=ddim", "nfe=1", "seeds=0-9", "metrics=[fid]", "device=cpu"]
+    code, _, err = evodiff_command(*run, "batch=auto")
+    assert code == 0 and "batch=auto is" in err
+    code, _, err = evodiff_command(*run, "batch=many")
+    assert code == 1
+    assert "batch=many is impossible: expected a number of images, at least 1, or auto." in err

@@ -1,0 +1,177 @@
+"""The tables of papers: every cell is a run that can be made, no run is in two cells, every number has its place."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from evodiff.checkpoints.registry import registry
+from evodiff.config import build, choices, compose
+from evodiff.errors import ConfigError
+from evodiff.models.loading import scaled_linear_betas, schedule_of
+from evodiff.models.pretrained import Pretrained
+from evodiff.report import Table
+from evodiff.schedule import EDM, DiscreteVP
+
+PAPERS = [n for n in choices("table") if n not in ("demo", "mnist", "smoke")]
+LDM = DiscreteVP.from_betas(scaled_linear_betas(0.0015, 0.0195, 1000))
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return {name: Table.from_config(compose("table", [f"table={name}"])) for name in choices("table")}
+
+
+def without_files(run):
+    """The same run without what must be computed first: a grid from a file, a model's statistics."""
+    solver = {k: v for k, v in run.solver.items() if k != "statistics"}
+    grid = {"_target_": "evodiff.grid.Karras"} if run.grid["name"] == "file" else run.grid
+    return replace(run, solver=solver, grid=grid)
+
+
+def unloaded(run):
+    """What a plan needs of a model: its schedule and the shape of its states, without weights."""
+    model = run.model
+    if "pipeline" in model:
+        schedule = LDM
+    elif model.get("schedule") not in (None, "own"):
+        schedule = build(model["schedule"])
+    elif "checkpoint" in model and registry()[model["checkpoint"]].schedule:
+        schedule = schedule_of(registry()[model["checkpoint"]].schedule)
+    else:
+        schedule = EDM()
+    return Pretrained(lambda labels: SimpleNamespace(schedule=schedule), shape=(3, 64, 64))
+
+
+@pytest.mark.parametrize("name", choices("table"))
+def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
+    for cell in tables[name].cells.values():
+        run = without_files(cell.jobs[0].run)
+        solver, grid = run.plan(unloaded(run))
+        assert solver.evaluations(len(grid)) + run.denoise_final == cell.nfe, cell.label
+
+
+def test_no_run_is_in_two_cells(tables):
+    places = {}
+    for table in tables.values():
+        for (row, nfe, k), job in table.jobs.items():
+            key = f"{job.run.model['name']}/{job.run.key()}"
+            place = (table.config, row, nfe, k)
+            # the digits of `demo` are those of `mnist`, on fewer seeds
+            assert places.setdefault(key, place) == place
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_paper_table_has_its_protocol_its_seeds_and_both_orders(tables, name):
+    table = tables[name]
+    job = next(iter(table.jobs.values()))
+    assert len(table.seeds) == 3
+    seeds = [seed for span in table.seeds for seed in (span.start, span.stop - 1)]
+    assert seeds == sorted(set(seeds))  # no image is in two runs of a cell
+    assert not table.proxy
+    if job.protocol is not None:
+        assert job.protocol.n == table.images
+    solvers = [(c.jobs[0].run.solver["_target_"], c.jobs[0].run.solver.get("order")) for c in table.cells.values()]
+    for method in ("evodiff.solvers.dpmpp.DPMSolverPP", "evodiff.solvers.unipc.UniPC"):
+        assert {(method, 2), (method, 3)} <= set(solvers)
+    assert any("EVODiff" in row for row in table.rows)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_number_is_in_a_cell_or_listed_alone(tables, name):
+    table = tables[name]
+    in_cells = {paper for cell in table.cells.values() for paper in cell.papers}
+    assert in_cells
+    assert len(in_cells) + len(set(table.papers_only)) == len(set(table.papers))
+
+
+def value(table, row, nfe):
+    paper = table.cells[row, nfe].papers[0]
+    return paper.number, paper.confidence
+
+
+def test_known_claims_stand_beside_their_cells(tables):
+    assert value(tables["cifar10_edm"], "EVODiff", 10) == (2.78, "secondary-note")
+    assert value(tables["cifar10_edm"], "UniPC-3 bh1", 8) == (3.86, "quoted")
+    assert value(tables["cifar10_edm_nvlabs"], "EDM Heun", 35) == (1.97, "secondary-note")
+    assert value(tables["cifar10_edm_nvlabs"], "iPNDM-4", 10) == (2.77, "read-from-figure")
+    assert value(tables["cifar10_ddpm"], "SciRE-V1-3", 84) == (3.15, "quoted")
+    assert value(tables["cifar10_ddpm"], "DDPM", 1000) == (3.17, "quoted")
+    assert value(tables["cifar10_ddpm"], "F-PNDM", 19) == (7.03, "quoted")  # ten steps, as its paper counts
+    assert value(tables["cifar10_score_sde"], "DPM-Solver-v3", 10) == (3.40, "quoted")
+    assert value(tables["imagenet256_adm"], "DPM-Solver++ 2M", 20) == (7.48, "quoted")
+    assert value(tables["imagenet64_edm"], "EDM stochastic", 511) == (1.36, "quoted")
+    assert value(tables["lsun_bedroom"], "UniPC-3", 5) == (12.24, "quoted")
+    assert value(tables["sd_mse"], "UniPC-2, scale 1.5", 20) == (0.002, "quoted")
+    assert value(tables["celeba64"], "DDIM", 1000) == (3.51, "quoted")
+    assert value(tables["ffhq64_edm"], "EDM Heun", 79) == (2.39, "secondary-note")
+
+
+def test_settings_that_depend_on_the_budget_are_those_of_the_scripts(tables):
+    def v3(nfe):
+        run = tables["cifar10_score_sde"].cells["DPM-Solver-v3", nfe].jobs[0].run
+        wanted = ("p_pseudo", "lower_order_final", "use_corrector")
+        return (run.t_end, *(run.solver[k] for k in wanted), run.solver["statistics"]["folder"][-4:])
+
+    assert v3(5) == (None, True, False, True, "1e-3")
+    assert v3(8) == (None, False, True, True, "1e-3")
+    assert v3(10) == (None, False, True, False, "1e-3")
+    assert v3(12) == (1e-4, False, True, True, "1e-4")
+    heun = tables["cifar10_edm"].cells
+    assert [heun["EDM Heun", n].jobs[0].run.denoise_final for n in (5, 6, 15, 20)] == [True, False, True, False]
+
+
+def test_the_deis_grid_runs_over_the_noise_levels_of_edm(tables):
+    run = tables["cifar10_edm_nvlabs"].cells["DEIS-tAB3", 10].jobs[0].run
+    schedule = build(run.model["schedule"])
+    kappas = [schedule.node(t).kappa for t in (schedule.t_start, schedule.t_end)]
+    assert kappas == pytest.approx([80, 0.002])
+
+
+def test_ddims_last_call_is_at_the_first_label(tables):
+    """CelebA, 10 evaluations: labels 900, 800, ..., 0, which are t = 0.901, ..., 0.001."""
+    run = tables["celeba64"].cells["DDIM", 10].jobs[0].run
+    _, grid = run.plan(unloaded(run))
+    assert [node.t for node in grid.nodes] == pytest.approx([0.901 - 0.1 * i for i in range(10)])
+    assert run.denoise_final and run.model["whole_labels"]
+
+
+def table_with(rows, *overrides, **changes):
+    cfg = compose("table", ["table=smoke", *overrides])
+    cfg.table.rows = rows
+    cfg.table.update(changes)
+    return Table.from_config(cfg)
+
+
+def test_later_overrides_are_stronger():
+    rows = {"a": {"run": ["solver=ddim", "t_end=0.02"], "at": [{"nfe": [5], "run": ["t_end=0.03"]}], "nfe": [4, 5]}}
+    cells = table_with(rows, at=[{"above": 3, "run": ["t_end=0.01", "t_start=70"]}]).cells
+    assert [(cells["a", n].jobs[0].run.t_start, cells["a", n].jobs[0].run.t_end) for n in (4, 5)] == [
+        (70, 0.02),
+        (70, 0.03),
+    ]
+
+
+def test_a_limit_takes_the_first_images_of_each_range_and_makes_proxies():
+    table = Table.from_config(compose("table", ["table=celeba64", "limit=64", "repeats=2"]))
+    assert {job.run.seeds for job in table.jobs.values()} == {(0, 63), (50_000, 50_063)}
+    assert table.proxy and table.name == "celeba64-64"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": {"run": ["solver=ddim"], "nfes": [5]}}, "nfes is no key"),
+        ({"a": {"run": ["solver=ddim"], "at": [{"run": []}]}}, "expected nfe"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_refused(rows, message):
+    with pytest.raises(ConfigError, match=message):
+        table_with(rows)
+
+
+def test_impossible_limits_and_metrics_are_refused():
+    with pytest.raises(ConfigError, match="limit=0 is impossible"):
+        table_with({}, "limit=0")
+    with pytest.raises(ConfigError, match="metric=FIDs is not known"):
+        table_with({}, metric="FIDs")

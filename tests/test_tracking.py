@@ -1,0 +1,204 @@
+"""W&B: what lies in its offline files is what the records say; a wandb that fails costs one line."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from evodiff import tracking
+from evodiff.dashboard import report
+from evodiff.errors import ConfigError
+from evodiff.plots import save_grid
+from evodiff.record import Record
+from evodiff.tracking import WandB, as_table
+
+
+def record(solver="ddim", nfe=5, seed=0, **metrics):
+    run = {
+        "model": {"name": "mixture"},
+        "solver": {"name": solver, "order": None},
+        "nfe": nfe,
+        "seeds": [seed, seed + 7],
+    }
+    return Record(
+        key=f"{solver}-nfe{nfe}-{seed:08d}",
+        run=run,
+        protocol=None,
+        metrics=metrics or {"fid@8": 10.0 / nfe + seed, "contrast@8": 70.0},
+        nfe=nfe,
+        network_passes=nfe,
+        images=8,
+        seconds=2.0,
+        weights={},
+        shards={},
+        reference_run=None,
+        device="cpu",
+    )
+
+
+RECORDS = [record("ddim", 5), record("ddim", 5, seed=1), record("ddim", 10), record("unipc_3", 5)]
+LABELS = ["DDIM", "DDIM", "DDIM", "UniPC"]
+PUBLISHED = {"UniPC": {5: 1.5, 10: 1.0}}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "RESULTS", tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # no test may reach the network, whatever the code does
+    return tmp_path
+
+
+def log_records(path):
+    """The payloads of a file in LevelDB's log format: 32 KiB blocks of (crc, length, type, data)."""
+    data, at, parts = path.read_bytes(), 7, []  # after W&B's own header
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts.append(data[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            yield b"".join(parts)
+            parts = []
+
+
+def read_back(results):
+    """id -> what wandb wrote: its run record, summary, history and files."""
+    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    found = {}
+    for path in sorted((results / "wandb").glob("offline-run-*/run-*.wandb")):
+        shown = {"summary": {}, "history": [], "folder": path.parent}
+        for payload in log_records(path):
+            entry = pb.Record()
+            entry.ParseFromString(payload)
+            kind = entry.WhichOneof("record_type")
+            if kind == "run":
+                shown["run"] = entry.run
+                shown["config"] = {item.key: json.loads(item.value_json) for item in entry.run.config.update}
+            elif kind == "summary":
+                shown["summary"] |= {
+                    i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in entry.summary.update
+                }
+            elif kind == "history":
+                shown["history"].append(
+                    {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in entry.history.item}
+                )
+        assert shown["run"].run_id not in found, "one offline copy of each run"
+        found[shown["run"].run_id] = shown
+    return found
+
+
+def table_in(shown, key):
+    (path,) = (shown["folder"] / "files/media/table").glob(f"{key}_*.table.json")
+    return json.loads(path.read_text())
+
+
+def test_offline_files_hold_the_records_and_the_curves(results, capsys):
+    pytest.importorskip("wandb")
+    grid = results / "runs/mixture" / RECORDS[0].key / "grid.png"
+    grid.parent.mkdir(parents=True)
+    save_grid(grid, np.zeros((4, 1, 8, 8), np.uint8), columns=2)
+    assert WandB().publish("demo", RECORDS, LABELS, PUBLISHED)
+    assert capsys.readouterr() == ("", "")
+    shown = read_back(results)
+    assert shown.keys() == {*(r.key for r in RECORDS), "table-demo"}
+    for r in RECORDS:
+        one = shown[r.key]
+        assert (one["run"].display_name, one["run"].run_group, one["run"].job_type) == (
+            r.key,
+            "demo",
+            r.run["solver"]["name"],
+        )
+        assert one["config"]["nfe"] == r.nfe
+        assert {**r.metrics, "nfe": r.nfe, "images": 8, "images_per_second": 4.0}.items() <= one["summary"].items()
+    (logged,) = shown[RECORDS[0].key]["history"]
+    assert logged["grid._type"] == "image-file"
+    assert list((shown[RECORDS[0].key]["folder"] / "files/media/images").glob("grid_*.png"))
+    table = shown["table-demo"]
+    assert table["run"].job_type == "table"
+    cells = table_in(table, "cells")
+    assert cells["columns"] == ["row", "nfe", "fid@8", "contrast@8", "published", "images", "images_per_second", "key"]
+    assert cells["data"][3] == ["UniPC", 5, 2.0, 70.0, 1.5, 8, 4.0, RECORDS[3].key]
+    points = {(label, nfe): value for nfe, label, value in table_in(table, "fid_8_against_nfe_table")["data"]}
+    assert points == {
+        ("DDIM", 5): 2.5,
+        ("DDIM", 10): 1.0,
+        ("UniPC", 5): 2.0,
+        ("UniPC (published)", 5): 1.5,
+        ("UniPC (published)", 10): 1.0,
+    }
+
+
+def test_publishing_again_leaves_one_copy_of_each_run(results):
+    pytest.importorskip("wandb")
+    for _ in range(2):
+        assert WandB().publish(RECORDS[0].key, RECORDS[:1])
+    (one,) = read_back(results).values()
+    assert one["run"].run_group == "mixture"
+
+
+def test_curves_are_means_over_seeds_and_without_what_is_missing():
+    table = as_table("demo", [*RECORDS, record("ddim", 20, **{"is@8": 3.0})], [*LABELS, "DDIM"], {})
+    assert table["curves"]["fid@8"] == {"DDIM": [[5, 10], [2.5, 1.0]], "UniPC": [[5], [2.0]]}
+    assert table["curves"]["is@8"] == {"DDIM": [[20], [3.0]]}
+    assert table["lines"][-1][2:5] == [None, None, 3.0]
+
+
+FAKES = {
+    "raises": "def init(**k): raise RuntimeError('no API key configured\\n(try wandb login)')",
+    "hangs": "import threading\ndef init(**k): threading.Event().wait()",
+    "aborts": "import os\ndef init(**k): os.abort()",
+    "is missing": "raise ModuleNotFoundError('No module named wandb')",
+}
+
+
+@pytest.mark.parametrize("how", FAKES)
+def test_a_wandb_that_fails_costs_a_line(results, tmp_path_factory, monkeypatch, capsys, how):
+    folder = tmp_path_factory.mktemp("fake")
+    settings = "class Settings:\n    def __init__(self, **k): pass\n"
+    (folder / "wandb.py").write_text(settings + FAKES[how])
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(tracking, "PER_RUN", 0.0)
+    assert not WandB(timeout=2.0).publish(RECORDS[0].key, RECORDS[:1])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("evodiff: W&B: ")
+    assert err.count("\n") == 1
+    said = {
+        "raises": "RuntimeError: no API key configured (try wandb login)",
+        "hangs": "no answer within 2 s",
+        "aborts": "exit code -6",
+        "is missing": "wandb is not installed",
+    }
+    assert said[how] in err
+
+
+def test_what_cannot_be_sent_is_written_offline(results, monkeypatch, capsys):
+    """Real wandb, online, without a key."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(results))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert not WandB(mode="online").publish(RECORDS[0].key, RECORDS[:1])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "writing offline" in err
+    assert read_back(results).keys() == {RECORDS[0].key}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_report_is_defined_where_wandb_workspaces_is_installed():
+    pytest.importorskip("wandb_workspaces")
+    table = as_table("demo", RECORDS, LABELS, PUBLISHED)
+    made = report({"project": "evodiff", "entity": "someone"}, table)
+    assert made.title == "evodiff: demo"
+    assert len(made.blocks) == 3
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(ConfigError, match="tracker.mode=ofline does not exist; possible: offline, online, disabled"):
+        WandB(mode="ofline")
