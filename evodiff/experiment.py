@@ -364,18 +364,11 @@ def write_shard(folder: Path, store: SampleStore, model: Pretrained, shard: Made
 
 def score_run(job: Job, run: Run | None = None) -> Record:
     """Score the images of a complete run; a score.json that has what is asked is taken as it is."""
-    is_reference = run is not None
+    if record := current_record(job, run):
+        return record
+    reference = job.reference_run if run is None else None
     run = run or job.run
     store = store_of(job, run)
-    path = run.folder / "score.json"
-    protocol = job.protocol.describe() if job.protocol else None
-    reference = None if is_reference else job.reference_run
-    shards = {shard.file: shard.sha256 for shard in store.shards}
-    if path.exists() and not store.missing():
-        record = Record.read(path)
-        known = (record.protocol, record.shards, record.reference_run)
-        if known == (protocol, shards, reference.key() if reference else None) and {*job.metrics} <= {*record.asked}:
-            return record
     n = len(run.seed_range)
     metrics: dict[str, float] = {}
     if job.protocol and job.scored:
@@ -392,22 +385,36 @@ def score_run(job: Job, run: Run | None = None) -> Record:
     record = Record(
         key=run.key(),
         run=run.as_dict(),
-        protocol=protocol,
+        protocol=job.protocol.describe() if job.protocol else None,
         metrics=metrics,
         nfe=nfe,
         network_passes=nfe * build(run.guidance).network_passes,
         images=n,
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,
-        shards=shards,
+        shards=store.digests,
         reference_run=reference.key() if reference else None,
         device=device_name(job.device),
         versions=versions(),
         asked=list(job.metrics),
         files=files_used(job.protocol, job.device) if job.protocol and job.scored else {},
     )
-    record.write(path)
+    record.write(run.folder / "score.json")
     return record
+
+
+def current_record(job: Job, run: Run | None = None) -> Record | None:
+    """The score.json of a run, if it is of the images that are there and has what is asked."""
+    reference = job.reference_run.key() if run is None and job.reference_run else None
+    run = run or job.run
+    store = store_of(job, run)
+    path = run.folder / "score.json"
+    if not path.exists() or store.missing():
+        return None
+    record = Record.read(path)
+    expected = (job.protocol.describe() if job.protocol else None, store.digests, reference)
+    asked_before = {*job.metrics} <= {*record.asked}
+    return record if asked_before and (record.protocol, record.shards, record.reference_run) == expected else None
 
 
 def _add_shard(scorer: Scorer, store: SampleStore, shard: Shard, arrays: Mapping[str, np.ndarray]) -> None:

@@ -172,7 +172,7 @@ class Submitit:
         with executor.batch():
             submitted = [executor.submit(_Requeued(function), job) for job in jobs]
         numbers = {id(job): i for i, job in enumerate(submitted)}
-        for job in submitit.helpers.as_completed(submitted):
+        for job in submitit.helpers.as_completed(submitted, poll_frequency=2):
             try:
                 result = job.result()
             except Exception as e:  # submitit's own errors, and whatever the job raised

@@ -67,6 +67,11 @@ class SampleStore:
         """sha256 of the weight files that made what is here; empty for an empty store."""
         return self._read().get("weights", {})
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of every shard, by file."""
+        return {shard.file: shard.sha256 for shard in self.shards}
+
     def missing(self) -> list[range]:
         """The ranges of seeds still to be sampled, cut as the shards will be. Shards of another size count as well."""
         pieces, at = [], self.seeds.start
@@ -86,17 +91,8 @@ class SampleStore:
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
         """Hold a range against other processes; yields False if another one holds or has finished it."""
-        # thread_local=False: the thread that writes the shard lets go of it
-        lock = FileLock(self._lock_folder() / f"{shard_name(seeds.start)}.lock", thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield any(piece.start == seeds.start for piece in self.missing())
-        finally:
-            lock.release()
+        with self._lock(f"{shard_name(seeds.start)}.lock", timeout=0) as held:
+            yield held and any(piece.start == seeds.start for piece in self.missing())
 
     def write(
         self,
@@ -112,10 +108,12 @@ class SampleStore:
         [N, C, H, W], `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`; `preview` holds the
         images of the first seeds only."""
         path = self.folder / shard_name(seeds.start)
+        for left in self.folder.glob(f".{path.stem}.*"):  # by a process that was killed: these seeds are ours now
+            left.unlink(missing_ok=True)
         with whole_file(path) as temporary, temporary.open("wb") as f:
             np.savez(f, allow_pickle=False, seeds=np.asarray(seeds), **arrays)
         entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
-        with FileLock(self._lock_folder() / "manifest.lock"):
+        with self._lock("manifest.lock"):
             content = self._read()
             self._check_weights(content, weights)
             # a process that cuts the seeds in other places may have written some of them in the meantime
@@ -183,13 +181,26 @@ class SampleStore:
         path = self.folder / shard.file
         return path.exists() and _digest(path, path.stat().st_mtime_ns, path.stat().st_size) == shard.sha256
 
-    def _lock_folder(self) -> Path:
-        locks = self.folder / ".locks"
+    @contextmanager
+    def _lock(self, name: str, timeout: float = -1) -> Iterator[bool]:
+        """Hold one lock of this store; yields False if another process has it, still after `timeout` seconds."""
         try:
-            locks.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
+            # thread_local=False: the thread that writes a shard lets go of its seeds
+            lock = FileLock(self.folder / ".locks" / name, thread_local=False)
+            lock.acquire(timeout=timeout)
+        except Timeout:
+            yield False
+            return
         except OSError as e:
-            raise StoreError(f"cannot write to {self.folder}: {e.strerror}. Choose another results folder.") from e
-        return locks
+            raise StoreError(
+                f"cannot write to {self.folder}: {e.strerror or e}. Make room, or choose another results folder; then "
+                f"run the same command again."
+            ) from e
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _read(self) -> dict[str, Any]:
         if not self.manifest.exists():

@@ -2,7 +2,6 @@
 
 import pytest
 
-import evodiff.commands
 import evodiff.experiment
 import evodiff.report
 from evodiff.cli import main
@@ -11,7 +10,7 @@ from evodiff.cli import main
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """An empty results folder instead of the project's own."""
-    for module in (evodiff.commands, evodiff.experiment, evodiff.report):
+    for module in (evodiff.experiment, evodiff.report):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))  # for the processes that the command starts
     return tmp_path

@@ -1,6 +1,6 @@
-"""Runs the command line in forked children that end at chosen moments: `python crash_server.py random|kill|full FOLDER N key=value ...`.
+"""Runs the command line in forked children that end at chosen moments: one import of torch for hundreds of deaths.
 
-One import of torch for hundreds of deaths. Prints JSON.
+`python crash_server.py random|kill|full FOLDER N key=value ...` prints JSON; N: how many seeds, or every N-th step.
 """
 
 import contextlib
@@ -15,9 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-import evodiff.commands
+import evodiff.commands  # noqa: F401  what the children would import
 import evodiff.experiment
-import evodiff.report  # noqa: F401  what the children would import
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -1,16 +1,21 @@
 """A table from nothing to its pages, twice, and interrupted."""
 
 import csv
+import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from evodiff.config import compose
+from evodiff import published, text
+from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.plots import mosaic, save_grid
-from evodiff.report import Table, show
+from evodiff.report import Table
+from evodiff.text import show
+from evodiff.trajectory import trajectory
 
 SMALL = ["table=smoke", "table.nfe=[5,6]"]
 PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fid_vs_nfe.png", "fid_vs_nfe.svg"}
@@ -92,9 +97,108 @@ def test_the_page_needs_nothing_else(small, results):
     small().make()
     page = (results / "tables" / "smoke" / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert page.count("<svg") == 2
-    assert "data:image/png;base64," in page
+    assert page.count('<div class="chart">') == 2
+    assert page.count("data:image/png;base64,") == 2  # samples and trajectories
     assert "evodiff run model=mixture" in page
+
+
+PAPERS = """model,method,variant,nfe,metric,value,images,guidance,source,table,confidence
+m,DDIM,,5,latent MSE,{ddim},16,,Paper arXiv:1,Table 1,quoted
+m,DDIM,,6,latent MSE,9.99,16,,Paper arXiv:1,Table 1,read-from-figure
+m,Trained,,5,latent MSE,0.001,16,,Paper arXiv:1,Table 1,quoted
+"""
+
+
+@pytest.fixture
+def with_papers(small, tmp_path_factory, monkeypatch):
+    """A table of two ranges of seeds beside a made-up paper that is right at NFE 5 and wrong at NFE 6."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "smoke.csv").write_text(PAPERS.format(ddim=1))
+    monkeypatch.setattr(published, "FOLDER", folder)
+    rows = {
+        "DDIM": {"run": ["solver=ddim"], "published": [{"source": "Paper", "method": "DDIM"}]},
+        "EVODiff": {"run": ["solver=evodiff"], "nfe": [6]},
+    }
+    changes = {"published": "smoke", "metric": "latent MSE", "seeds": ["0-15", "16-31"]}
+    published.read.cache_clear()
+    small(rows, **changes).make()
+    measured = small(rows, **changes).verdicts("mse@16")["DDIM", 5].mean
+    (folder / "smoke.csv").write_text(PAPERS.format(ddim=repr(measured * 1.001)))
+    published.read.cache_clear()
+    yield lambda *overrides: small(rows, *overrides, **changes)
+    published.read.cache_clear()
+
+
+def test_a_cell_is_the_mean_of_its_runs_beside_the_paper(with_papers, results):
+    table = with_papers()
+    table.write()
+    verdict = table.verdicts("mse@16")["DDIM", 5]
+    rmse = [table.records["DDIM", 5, k].metrics["rmse@16"] for k in (0, 1)]
+    assert verdict.values == pytest.approx([r**2 for r in rmse])
+    assert (verdict.state, table.verdicts("mse@16")["DDIM", 6].state) == ("ok", "off")
+    assert table.verdicts("mse@16")["EVODiff", 6].state == "done"
+    assert ("EVODiff", 5) not in table.cells
+    lines = {
+        (line["solver"], line["nfe"], line["metric"]): line
+        for line in csv.DictReader((results / "tables" / "smoke" / "table.csv").open())
+    }
+    line = lines["DDIM", "6", "mse@16"]
+    assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.99", "read-from-figure", "2")
+    assert float(line["difference"]) == pytest.approx(float(line["value"]) - 9.99)
+    assert lines["EVODiff", "6", "rmse@16"]["paper"] == ""
+    for page, mark in (("table.md", "* (9.99)"), ("table.tex", "* (9.99)"), ("report.html", "<small>9.99</small>")):
+        assert mark in (results / "tables" / "smoke" / page).read_text()
+    assert "Trained" in (results / "tables" / "smoke" / "report.html").read_text()  # published only
+
+
+def test_a_trial_is_a_proxy_with_pages_of_its_own(with_papers, results):
+    before = bytes_of(results / "tables" / "smoke", "*")
+    trial = with_papers("limit=4", "repeats=1")
+    assert trial.make() == 0
+    assert {v.state for v in trial.verdicts("mse@4").values()} == {"proxy"}
+    assert (results / "tables" / "smoke-4" / "report.html").exists()
+    assert bytes_of(results / "tables" / "smoke", "*") == before
+
+
+def test_a_table_without_runs_shows_the_papers(with_papers, results):
+    table = with_papers("limit=5")
+    table.write()
+    text = (results / "tables" / "smoke-5" / "table.md").read_text()
+    assert re.search(r"\| DDIM \| – \([\d.]+\) \| – \(9.99\) \|", text)
+    assert "0 of 6 runs done" in text
+
+
+def test_a_record_of_another_protocol_is_not_taken(small, results):
+    table = small()
+    table.make()
+    path = table.cells["DDIM", 5].jobs[0].run.folder / "score.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "protocol": {"name": "other", "hash": "00000000"}}))
+    (table.folder / "records" / f"{content['key']}.json").unlink()
+    assert ("DDIM", 5, 0) not in small().records
+    assert small().make() == 0  # it is scored again
+    assert small().records["DDIM", 5, 0].protocol is None
+
+
+def test_a_command_makes_its_cell(small, evodiff_command):
+    table = small({"DDIM": {"run": ["solver=ddim"], "at": [{"nfe": [5], "run": ["t_end=0.01"]}]}})
+    cell = table.cells["DDIM", 5]
+    (command,) = text.commands(table, cell)
+    words = shlex.split(command)
+    assert words[:2] == ["evodiff", "run"] and "t_end=0.01" in words
+    assert evodiff_command(*words[1:])[0] == 0
+    assert ("DDIM", 5, 0) in table.records and ("DDIM", 6, 0) not in table.records
+
+
+def test_a_trajectory_ends_with_the_sample(small):
+    table = small()
+    table.make()
+    cell = table.cells["EVODiff", 6]
+    job = cell.jobs[0]
+    images, kappas = trajectory(job, build(job.run.model))
+    with np.load(job.run.folder / "shard-000000.npz") as shard:
+        assert np.array_equal(images[-1], shard["images"][0])
+    assert len(images) == 7 and kappas[0] == pytest.approx(80) and (np.diff(kappas) < 0).all()
 
 
 def test_a_grid_shows_every_image_in_its_place(tmp_path):

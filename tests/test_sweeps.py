@@ -47,6 +47,56 @@ def test_a_dying_process_costs_its_own_job_only_elsewhere(library, launcher, tmp
     assert all(isinstance(outcome, Died) and "ended early" in outcome.reason for outcome in died)
 
 
+SBATCH = """#!{python}
+import os, re, subprocess, sys
+
+last = int(re.search(r"--array=0-(\\d+)", open(sys.argv[-1]).read())[1])
+for i in range(last + 1):
+    env = os.environ | {{"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": str(i), "SLURM_JOB_ID": str(100 + i)}}
+    env |= {{f"SLURM_{{k}}": v for k, v in zip(("NTASKS", "NNODES", "PROCID", "LOCALID", "NODEID"), "11000")}}
+    env |= {{"SLURM_JOB_NODELIST": "here"}}
+    subprocess.Popen(["sh", "-c", f"bash {{sys.argv[-1]}}; echo $? > {folder}/{{i}}.code"], env=env)
+print("Submitted batch job 42")
+"""
+SRUN = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do case $1 in --output|--error) shift 2;; *) shift;; esac; done
+exec "$@"
+"""
+SACCT = """#!/bin/sh
+echo 'JobID|State|NodeList'
+for i in 0 1 2 3; do
+    state=RUNNING
+    [ -s {folder}/$i.code ] && { read code < {folder}/$i.code; [ $code = 0 ] && state=COMPLETED || state=FAILED; }
+    echo "42_$i|$state|here"
+done
+"""
+
+
+@pytest.mark.slow
+def test_slurm_has_one_array_and_a_dying_job_costs_itself_only(tmp_path, monkeypatch):
+    """With the three commands that submitit calls, and no Slurm behind them."""
+    pytest.importorskip("submitit")
+    from submitit.slurm.slurm import SlurmJob
+
+    for name, script in (("sbatch", SBATCH.format(python=sys.executable, folder=tmp_path)), ("srun", SRUN),
+                         ("sacct", SACCT.replace("{folder}", str(tmp_path)))):  # fmt: skip
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 1)
+    launcher = Submitit(partition="gpu", gpus_per_node=1, array_parallelism=2, additional_parameters={"nice": 5})
+    *died, last = outcomes(launcher, [*ABRUPT, "last"])
+    assert last == "last done"
+    assert [outcome.reason.split(" (")[0] for outcome in died] == [
+        f"its Slurm job 42_{i} ended early" for i in range(3)
+    ]
+    (script,) = (tmp_path / "submitit").glob("submission_file_*.sh")
+    for line in ("partition=gpu", "array=0-3%2", "gpus-per-node=1", "nice=5", "time=240", "job-name=evodiff"):
+        assert f"#SBATCH --{line}\n" in script.read_text()
+
+
 def test_every_gpu_has_one_job(tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "visible_gpus", lambda: ["3", "5"])
     for pipe in ("a", "b"):

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evodiff.api import named_grid, named_solver
+from evodiff.api import named_solver
 from evodiff.compat import import_torchvision
-from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
+from evodiff.denoiser import Clipped, DynamicThreshold
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
-from evodiff.interop.process import VP, Straight, listed_timesteps, process_of, shifted, spacing_of, translated
+from evodiff.interop.process import VP, Straight, process_of, translated
+from evodiff.interop.timesteps import Nodes, choose_nodes
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver
 
@@ -46,14 +47,31 @@ class SolverSchedulerOutput(SchedulerOutput):
     pred_original_sample: Tensor | None = None
 
 
+class GivenOutput:
+    """The denoiser of one step: D of the network output that the pipeline has computed."""
+
+    def __init__(self, D: Tensor, node: Node, schedule: NoiseSchedule):
+        self.D, self.node, self.schedule, self.asked = D, node, schedule, False
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        if self.asked or node != self.node:
+            raise SamplingError(
+                "the solver asks for a network output that the pipeline has not computed: it is none that evaluates "
+                "the network once per step, at the state it was given."
+            )
+        self.asked = True
+        return self.D
+
+
 class SolverScheduler(SchedulerMixin, ConfigMixin):
     """Any solver of this project that evaluates the network once per step, by its name in configs/solver.
 
-    `solver_fields` are its fields, like {"order": 3}. `spacing` is a name in configs/grid (logsnr, karras, time_uniform,
-    ...); null follows `use_karras_sigmas`, `use_lu_lambdas`, `use_exponential_sigmas` and `timestep_spacing`. Timesteps
-    are not rounded to whole numbers. With final_sigmas_type="sigma_min" the last step ends at the smallest noise level of
-    training; with "zero" the last network evaluation is the result (`denoise_final` elsewhere in this project).
-    `clip_sample` and `thresholding` limit D. The other arguments are those of diffusers' schedulers.
+    `solver_fields` are its fields, like {"order": 3}. `spacing` is a name in configs/grid (logsnr, karras,
+    time_uniform, ...); null follows `use_karras_sigmas`, `use_lu_lambdas`, `use_exponential_sigmas` and
+    `timestep_spacing`, uniform by default. Timesteps are not rounded to whole numbers. With
+    final_sigmas_type="sigma_min" the last step ends at the smallest noise level of training; with "zero" the last
+    network evaluation is the result (`denoise_final` elsewhere in this project). `clip_sample` and `thresholding` limit
+    D. The other arguments are those of diffusers' schedulers.
 
     A configuration of another scheduler is taken at its word on the process (betas, prediction, flow shift, EDM's
     sigma_data) and the spacing, but for its solver's own settings (solver_order, lower_order_final, ...).
@@ -62,6 +80,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
     fixed_solver: str | None = None
+    _step_index: int | None
+    _begin_index: int | None
 
     @register_to_config
     def __init__(
@@ -100,7 +120,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         check_choice("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         check_choice("final_sigmas_type", final_sigmas_type, ("sigma_min", "zero"))
         self.process = process_of(self.config)
-        self.solver = one_evaluation(self.config.solver, **(solver_fields or {}))
+        self.solver = one_evaluation(self.config["solver"], **(solver_fields or {}))
         self.init_noise_sigma = self.process.init_noise_sigma
         if isinstance(self.process, VP):
             log_alphas = torch.tensor(self.process.schedule.log_alphas, dtype=torch.float64)
@@ -108,11 +128,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             self.alphas_cumprod = alphas_cumprod.float()
             self.alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]]).float()
             self.betas = 1 - self.alphas
-        schedule = self.process.schedule
-        ends = [self.process.timestep(t) for t in (schedule.t_start, schedule.t_end)]
-        self.timesteps = torch.linspace(*ends, num_train_timesteps)
+        first, last = (self.process.timestep(t) for t in (self.process.schedule.t_start, self.process.schedule.t_end))
+        self.timesteps = torch.linspace(first, last, num_train_timesteps)
         self.num_inference_steps: int | None = None
-        self._set((), None)
+        self._restart(Nodes((), to_zero=False))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -121,7 +140,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
     @property
     def step_index(self) -> int | None:
@@ -146,75 +165,25 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the nodes by one of: their number, the timesteps of all evaluations, or noise levels.
 
-        `sigmas` falls; it is sigma / alpha, of flows sigma itself. Of n + 1 values the last is where the last step ends,
-        0 meaning that the last evaluation is the result; for flows, n values as pipelines give them, moved by
+        `sigmas` falls; it is sigma / alpha, of flows sigma itself. Of n + 1 values the last is where the last step
+        ends, 0 meaning that the last evaluation is the result; for flows, n values as pipelines give them, moved by
         `flow_shift`. `mu`: a flow shift of exp(mu) for this call. Raises ConfigError.
         """
-        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) - (sigmas is not None) > 1 or (
-            num_inference_steps is None and timesteps is None and sigmas is None
-        ):
-            raise ConfigError("set_timesteps needs one of num_inference_steps, timesteps and sigmas.")
-        shift = self.config.flow_shift if mu is None else math.exp(mu)
-        if sigmas is not None:
-            times, to_zero = self._times_of_sigmas([float(sigma) for sigma in sigmas], shift)
-        elif timesteps is not None:
-            times, to_zero = self._with_end([self.process.t_of_timestep(float(t)) for t in timesteps])
-        else:
-            assert num_inference_steps is not None
-            times, to_zero = self._times(num_inference_steps, shift)
-        schedule = self.process.schedule
-        nodes = tuple(schedule.node(t) for t in times)
-        if len(nodes) > 1:
-            TimeGrid(nodes, schedule)  # refuses times that do not fall
-        self._set(nodes, device, to_zero)
+        shift = self.config["flow_shift"] if mu is None else math.exp(mu)
+        self._restart(choose_nodes(self.config, self.process, num_inference_steps, timesteps, sigmas, shift))
+        evaluated = self._nodes.evaluated
+        steps = [self.process.timestep(node.t) for node in evaluated]
+        self.timesteps = torch.tensor(steps, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([self.process.sigma(node) for node in self._nodes.all] + [0.0] * self._nodes.to_zero)
+        self.num_inference_steps = len(evaluated)
 
-    def _times(self, n: int, shift: float) -> tuple[list[float], bool]:
-        if n < 1:
-            raise ConfigError(f"num_inference_steps={n} is impossible; possible: at least 1.")
-        config, schedule = self.config, self.process.schedule
-        to_zero = config.final_sigmas_type == "zero"
-        spaced = config.use_karras_sigmas or config.use_lu_lambdas or config.use_exponential_sigmas or config.spacing
-        if isinstance(self.process, VP) and config.timestep_spacing != "linspace" and not spaced:
-            listed = listed_timesteps(config.timestep_spacing, n, self.process.num_timesteps, config.steps_offset)
-            return self._with_end([self.process.t_of_timestep(t) for t in listed])
-        if config.spacing is not None:
-            spacing = named_grid(config.spacing)
-        else:
-            spacing = spacing_of(config, isinstance(self.process, Straight), shift)
-        steps = n - to_zero
-        return spacing.times(steps, schedule, schedule.t_start, schedule.t_end) if steps else [
-            schedule.t_start
-        ], to_zero
-
-    def _times_of_sigmas(self, sigmas: list[float], shift: float) -> tuple[list[float], bool]:
-        ends_at_0 = bool(sigmas) and sigmas[-1] == 0
-        sigmas = sigmas[:-1] if ends_at_0 else sigmas
-        if not sigmas or min(sigmas) <= 0:
-            raise ConfigError(f"sigmas={sigmas} is impossible: they must fall, and only the last may be 0.")
-        flow = isinstance(self.process, Straight)
-        times = [self.process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in sigmas]
-        if ends_at_0:
-            return times, True
-        return self._with_end(times) if flow else (times, False)
-
-    def _with_end(self, times: list[float]) -> tuple[list[float], bool]:
-        """Times of the evaluations, and unless the last one is the result, the end of the schedule."""
-        to_zero = self.config.final_sigmas_type == "zero"
-        return (times if to_zero else [*times, self.process.schedule.t_end]), to_zero
-
-    def _set(self, nodes: tuple[Node, ...], device: torch.device | str | None, to_zero: bool = False) -> None:
-        self._nodes, self._evaluated = nodes, nodes if to_zero else nodes[:-1]
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+    def _restart(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._step_index = None
+        self._begin_index = None
         self._grid: TimeGrid | None = None
+        self._noise: Any = GeneratorNoise()
         self._state: Any = None
-        self._noise = GeneratorNoise()
-        if not nodes:
-            return
-        timesteps = [self.process.timestep(node.t) for node in self._evaluated]
-        self.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([self.process.sigma(node) for node in nodes] + [0.0] * to_zero)
-        self.num_inference_steps = len(timesteps)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """The step whose timestep is nearest."""
@@ -254,68 +223,55 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         variance, are left out. `timestep` decides where the first call begins, unless `set_begin_index` did. Raises
         SamplingError before `set_timesteps` and after the last step.
         """
-        if not self._nodes:
+        if not self._nodes.all:
             raise SamplingError("step comes before set_timesteps: call scheduler.set_timesteps(n) first.")
         if self._step_index is None:
-            if self._begin_index is None:
-                self._begin_index = self.index_for_timestep(timestep)
-            self._begin(self._begin_index, sample)
+            self._begin(timestep, sample)
         i, begin = self._step_index, self._begin_index
         assert i is not None and begin is not None
-        if i >= len(self._evaluated):
-            raise SamplingError(f"all {len(self._evaluated)} steps are done: call scheduler.set_timesteps(n) again.")
-        node = self._nodes[i]
+        if i >= len(self._nodes.evaluated):
+            raise SamplingError(
+                f"all {self.num_inference_steps} steps are done: call scheduler.set_timesteps(n) again."
+            )
+        node = self._nodes.all[i]
         x = images(sample.to(torch.promote_types(sample.dtype, torch.float32)))
         out = images(model_output[:, : sample.shape[1]].to(x.dtype))
-        given = GivenOutput(self.process.data(x, out, node), node, self.process.schedule)
-        denoise = self._limited(given)
-        if i + 1 < len(self._nodes):
+        D = self._limited(self.process.data(x, out, node), node)
+        if begin + len(self._grid or ()) > i:
             assert self._grid is not None
             self._noise.generator = generator
-            x_t, self._state = self.solver.step(denoise, x, Step(self._grid, i - begin), self._state)
+            x_t, self._state = self.solver.step(self._given(D, node), x, Step(self._grid, i - begin), self._state)
         else:
-            x_t = denoise(x, node)
+            x_t = D
         self._step_index = i + 1
-        x_t = x_t.reshape(sample.shape).to(sample.dtype)
-        if not return_dict:
-            return (x_t,)
-        return SolverSchedulerOutput(x_t, given.D.reshape(sample.shape).to(sample.dtype))
+        x_t, D = (tensor.reshape(sample.shape).to(sample.dtype) for tensor in (x_t, D))
+        return SolverSchedulerOutput(x_t, D) if return_dict else (x_t,)
 
-    def _begin(self, index: int, sample: Tensor) -> None:
-        self._step_index = index
-        rest = self._nodes[index:]
+    def _begin(self, timestep: float | Tensor, sample: Tensor) -> None:
+        if self._begin_index is None:
+            self._begin_index = self.index_for_timestep(timestep)
+        self._step_index = self._begin_index
+        rest = self._nodes.all[self._begin_index :]
         if len(rest) > 1:
             self._grid = TimeGrid(rest, self.process.schedule)
             self.solver.check(self._grid, images(sample).shape[1:])
         self._state = self.solver.init(self._noise)
 
-    def _limited(self, denoise: Denoiser) -> Denoiser:
-        config = self.config
-        if config.thresholding:
-            return DynamicThreshold(Clipped(denoise, config.sample_max_value), config.dynamic_thresholding_ratio)
-        return Clipped(denoise, config.clip_sample_range) if config.clip_sample else denoise
+    def _given(self, D: Tensor, node: Node) -> GivenOutput:
+        return GivenOutput(D, node, self.process.schedule)
+
+    def _limited(self, D: Tensor, node: Node) -> Tensor:
+        config, denoise = self.config, self._given(D, node)
+        if config["thresholding"]:
+            clipped = Clipped(denoise, config["sample_max_value"])
+            return DynamicThreshold(clipped, config["dynamic_thresholding_ratio"])(D, node)
+        return Clipped(denoise, config["clip_sample_range"])(D, node) if config["clip_sample"] else D
 
 
 class EVODiffScheduler(SolverScheduler):
     """EVODiff (arXiv 2509.26096) as a scheduler; `solver_fields` are those of evodiff.solvers.evodiff.EVODiff."""
 
     fixed_solver = "evodiff"
-
-
-class GivenOutput:
-    """The denoiser of one step: D of the network output that the pipeline has computed."""
-
-    def __init__(self, D: Tensor, node: Node, schedule: NoiseSchedule):
-        self.D, self.node, self.schedule, self.asked = D, node, schedule, False
-
-    def __call__(self, x: Tensor, node: Node) -> Tensor:
-        if self.asked or node != self.node:
-            raise SamplingError(
-                "the solver asks for a network output that the pipeline has not computed: it is none that evaluates "
-                "the network once per step, at the state it was given."
-            )
-        self.asked = True
-        return self.D
 
 
 class GeneratorNoise:

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from evodiff.errors import ConfigError
-from evodiff.grid import Karras, LogSNR, Spacing, TimeUniform
 from evodiff.models.adapter import PREDICTIONS as TO_DATA
 from evodiff.models.loading import cosine_betas, scaled_linear_betas
 from evodiff.schedule import EDM, DiscreteVP, Flow, Node, NoiseSchedule
@@ -190,38 +189,6 @@ def zero_terminal_snr(log_alphas: Sequence[float]) -> tuple[float, ...]:
     scale = alphas[0] / (alphas[0] - alphas[-1])
     *inner, _ = ((a - alphas[-1]) * scale for a in alphas)
     return tuple(math.log(a) for a in (*inner, min(ZERO_SNR_ALPHA, inner[-1] / 2)))
-
-
-@dataclass(frozen=True)
-class Shifted:
-    """Uniform times of a flow, moved to t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206, eq. 23)."""
-
-    shift: float = 1.0
-
-    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
-        return [shifted(t, self.shift) for t in TimeUniform().times(n, schedule, t_start, t_end)]
-
-
-def shifted(t: float, shift: float) -> float:
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def spacing_of(config: Mapping[str, Any], flow: bool, shift: float) -> Spacing:
-    """The spacing that a configuration's flags ask for; uniform times if none is set. Raises ConfigError."""
-    if config["use_beta_sigmas"]:
-        raise ConfigError("use_beta_sigmas is not known here; choose a spacing, like spacing='karras', or give sigmas.")
-    if config["use_karras_sigmas"]:
-        return Karras()
-    if config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
-        return LogSNR()
-    return Shifted(shift) if flow else TimeUniform()
-
-
-def listed_timesteps(kind: str, n: int, num_timesteps: int, offset: int) -> list[float]:
-    """diffusers' `leading` and `trailing` choice of n of the timesteps 0 to num_timesteps - 1, falling."""
-    if kind == "leading":
-        return [float(k * (num_timesteps // (n + 1)) + offset) for k in range(n, 0, -1)]
-    return [num_timesteps * (1 - k / n) - 1 for k in range(n)]
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from evodiff.solvers.linear import combine
 
 @dataclass(frozen=True)
 class DPMSolverPPSinglestep(Solver):
-    """`orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
+    """DPM-Solver++ (arXiv 2211.01095). `orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
 
     `inner`: how the evaluations inside a step are spaced; null is uniform in half-log-SNR. Set to the spacing of the
     grid, the whole is the released code's: the steps then start at every k-th of the budget's nodes.
@@ -99,7 +99,7 @@ class DPMSolverPPSinglestep(Solver):
 
 @dataclass(frozen=True)
 class DPMSolverSinglestep(DPMSolverPPSinglestep):
-    """The same for the noise prediction: DPM-Solver-2 and DPM-Solver-3."""
+    """The same for the noise prediction: DPM-Solver-2 and DPM-Solver-3 (arXiv 2206.00927)."""
 
     @property
     def target(self) -> Prediction:

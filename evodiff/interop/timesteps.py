@@ -1,0 +1,115 @@
+"""Where a scheduler's configuration and the call of `set_timesteps` put the nodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from evodiff.api import named_grid
+from evodiff.errors import ConfigError
+from evodiff.grid import Karras, LogSNR, Spacing, TimeGrid, TimeUniform
+from evodiff.interop.process import VP, Process, Straight
+from evodiff.schedule import Node, NoiseSchedule
+
+
+class Nodes(NamedTuple):
+    """The nodes of a run; with `to_zero` the data prediction at the last one is the result."""
+
+    all: tuple[Node, ...]
+    to_zero: bool
+
+    @property
+    def evaluated(self) -> tuple[Node, ...]:
+        return self.all if self.to_zero else self.all[:-1]
+
+
+def choose_nodes(
+    config: Mapping[str, Any],
+    process: Process,
+    n: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    shift: float,
+) -> Nodes:
+    """From one of: the number of evaluations, the timestep of each, or noise levels. Raises ConfigError."""
+    if sum(given is not None for given in (n, timesteps, sigmas)) != 1:
+        raise ConfigError("set_timesteps needs one of num_inference_steps, timesteps and sigmas, and only one.")
+    to_zero = config["final_sigmas_type"] == "zero"
+    if sigmas is not None:
+        times, to_zero = times_of_sigmas(process, [float(sigma) for sigma in sigmas], to_zero, shift)
+    elif timesteps is not None:
+        times = with_end(process, [process.t_of_timestep(float(timestep)) for timestep in timesteps], to_zero)
+    else:
+        assert n is not None
+        times = times_of_number(config, process, n, to_zero, shift)
+    nodes = tuple(process.schedule.node(t) for t in times)
+    if len(nodes) > 1:
+        TimeGrid(nodes, process.schedule)  # refuses times that do not fall
+    return Nodes(nodes, to_zero)
+
+
+def times_of_number(
+    config: Mapping[str, Any], process: Process, n: int, to_zero: bool, shift: float = 1.0
+) -> list[float]:
+    if n < 1:
+        raise ConfigError(f"num_inference_steps={n} is impossible; possible: at least 1.")
+    spacing = spacing_of(config, isinstance(process, Straight), shift)
+    if spacing is None:
+        if isinstance(process, VP) and config["timestep_spacing"] != "linspace":
+            last, offset = process.num_timesteps, config["steps_offset"]
+            listed = listed_timesteps(config["timestep_spacing"], n, last, offset)
+            return with_end(process, [process.t_of_timestep(timestep) for timestep in listed], to_zero)
+        spacing = TimeUniform()
+    schedule, steps = process.schedule, n - to_zero
+    return spacing.times(steps, schedule, schedule.t_start, schedule.t_end) if steps else [schedule.t_start]
+
+
+def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift: float) -> tuple[list[float], bool]:
+    """The last of n + 1 sigmas is where the last step ends; of a flow, n of them are those of the evaluations."""
+    ends_at_0 = bool(sigmas) and sigmas[-1] == 0
+    above_0 = sigmas[:-1] if ends_at_0 else sigmas
+    if not above_0 or min(above_0) <= 0:
+        raise ConfigError(f"sigmas={sigmas} is impossible: they must fall, and only the last may be 0.")
+    flow = isinstance(process, Straight)
+    times = [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0]
+    if ends_at_0 or not flow:
+        return times, ends_at_0
+    return with_end(process, times, to_zero), to_zero
+
+
+def with_end(process: Process, times: list[float], to_zero: bool) -> list[float]:
+    """Times of the evaluations, and unless the last one is the result, the end of the schedule."""
+    return times if to_zero else [*times, process.schedule.t_end]
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Uniform times of a flow, moved to t' = shift t / (1 + (shift - 1) t) (arXiv 2403.03206, eq. 23)."""
+
+    shift: float = 1.0
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        return [shifted(t, self.shift) for t in TimeUniform().times(n, schedule, t_start, t_end)]
+
+
+def shifted(t: float, shift: float) -> float:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def spacing_of(config: Mapping[str, Any], flow: bool, shift: float) -> Spacing | None:
+    """The spacing that a configuration names or its flags ask for. Raises ConfigError."""
+    if config["spacing"] is not None:
+        return named_grid(config["spacing"])
+    if config["use_beta_sigmas"]:
+        raise ConfigError("use_beta_sigmas is not known here; choose a spacing, like spacing='karras', or give sigmas.")
+    if config["use_karras_sigmas"]:
+        return Karras()
+    if config["use_exponential_sigmas"] or config["use_lu_lambdas"]:
+        return LogSNR()
+    return Shifted(shift) if flow else None
+
+
+def listed_timesteps(kind: str, n: int, num_timesteps: int, offset: int) -> list[float]:
+    """diffusers' `leading` and `trailing` choice of n of the timesteps 0 to num_timesteps - 1, falling."""
+    if kind == "leading":
+        return [float(k * (num_timesteps // (n + 1)) + offset) for k in range(n, 0, -1)]
+    return [num_timesteps * (1 - k / n) - 1 for k in range(n)]

@@ -1,0 +1,171 @@
+"""One run on several processes: the same images, each made once, whoever dies on the way."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from evodiff import commands, distributed
+from evodiff.experiment import Job, store_of
+from evodiff.paths import ROOT
+
+MIXTURE = [
+    "model=mixture",
+    "protocol=none",
+    "solver=evodiff",
+    "nfe=5",
+    "seeds=0-31",
+    "shard=4",
+    "batch=4",
+    "device=cpu",
+]
+ALONE = [*MIXTURE, "reference_run=null"]
+
+
+def images_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("shard-*.npz"))}
+
+
+def scores_of(folder):
+    records = [json.loads(path.read_text()) for path in sorted(folder.rglob("score.json"))]
+    return [(record["key"], record["metrics"], record["shards"]) for record in records]
+
+
+def seeds_of(folder):
+    content = json.loads(next(folder.rglob("manifest.json")).read_text())
+    return sorted(seed for s in content["shards"] for seed in range(s["first"], s["last"] + 1))
+
+
+def torchrun(n, folder, script, *arguments):
+    """On the CPU, with its rendezvous on any free port."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--rdzv-backend=c10d",
+         "--rdzv-endpoint=localhost:0", str(script), *arguments],
+        capture_output=True, text=True, env=os.environ | {"EVODIFF_RESULTS": str(folder), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_make_the_run_of_one_process(evodiff_command, results, tmp_path_factory, n):
+    elsewhere = tmp_path_factory.mktemp("ranks")
+    done = torchrun(n, elsewhere, ROOT / "scripts/run.py", *MIXTURE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rmse@32") == 1, "rank 0 scores"
+    code, out, _ = evodiff_command("run", *MIXTURE)
+    assert code == 0
+    assert done.stdout == out
+    assert images_of(elsewhere) == images_of(results)
+    assert scores_of(elsewhere) == scores_of(results)
+
+
+DYING = """
+import os, sys
+from evodiff.cli import main
+from evodiff.store import SampleStore
+
+write = SampleStore.write
+def write_then_die(self, *args, **kwargs):
+    write(self, *args, **kwargs)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+SampleStore.write = write_then_die
+sys.exit(main(["run", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_costs_a_rerun_of_what_it_had_not_finished(evodiff_command, results, tmp_path_factory, tmp_path):
+    elsewhere = tmp_path_factory.mktemp("ranks")
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    assert torchrun(2, elsewhere, script, *ALONE).returncode != 0
+    before = images_of(elsewhere)
+    assert before
+    assert torchrun(3, elsewhere, ROOT / "scripts/run.py", *ALONE).returncode == 0
+    assert seeds_of(elsewhere) == list(range(32))
+    evodiff_command("run", *ALONE)
+    assert images_of(elsewhere) == images_of(results)
+    assert scores_of(elsewhere) == scores_of(results)
+    assert before.items() <= images_of(elsewhere).items()
+
+
+def test_rank_0_takes_over_what_a_dead_process_had(results, monkeypatch, capsys):
+    """It waits while another process holds a shard, and for no longer."""
+    job = Job.compose(ALONE)
+    store = store_of(job)
+    claimed = store.claim(range(4, 8))
+    polls = []
+
+    def other_process():
+        with claimed as mine:
+            assert mine
+            held.set()
+            dead.wait()
+
+    def sleep(seconds):
+        polls.append(store.missing())
+        if len(polls) == 3:
+            dead.set()
+            thread.join()
+
+    held, dead = threading.Event(), threading.Event()
+    thread = threading.Thread(target=other_process)
+    thread.start()
+    held.wait()
+    monkeypatch.setattr(distributed.time, "sleep", sleep)
+    distributed.finish(job)
+    assert polls == [[range(4, 8)]] * 3
+    assert store.missing() == []
+    assert capsys.readouterr().err.count("waiting for 4 images that other processes make") == 1
+
+
+def test_a_second_process_by_accident_harms_nothing(evodiff_command, results):
+    store = store_of(Job.compose(ALONE))
+    with store.claim(range(4, 8)):
+        code, out = in_a_thread(lambda: evodiff_command("run", *ALONE)[:2])
+        assert code == 0
+        assert "another process still works on this run; it scores what it finishes" in out
+    assert not list(results.rglob("score.json"))
+    assert evodiff_command("run", *ALONE)[0] == 0
+    assert seeds_of(results) == list(range(32))
+
+
+def in_a_thread(function):
+    """Locks are per open file: another thread is as good as another process."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_other_ranks_sample_the_reference_too_and_score_nothing(results, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = Job.compose(MIXTURE)
+    assert commands.sample_and_score(job) == ""
+    assert store_of(job).missing() == store_of(job, job.reference_run).missing() == []
+    assert not list(results.rglob("score.json"))
+
+
+def test_a_sweep_under_torchrun_is_refused(evodiff_command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = evodiff_command("run", "-m", *ALONE)
+    assert code == 1
+    assert "torchrun shares one run among its processes" in err
+
+
+def test_a_rank_uses_its_own_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    distributed.use_own_gpu()
+    for local in ("0", "3", "5"):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        distributed.use_own_gpu()
+    assert chosen == [0, 3, 1]
