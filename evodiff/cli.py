@@ -17,6 +17,8 @@ COMMANDS = {
     ),
     "table": ("evodiff.commands:table_main", "make the runs of a table that are missing, and the table"),
     "report": ("evodiff.commands:report_main", "make a table's pages from the records there are"),
+    "status": ("evodiff.status:main", "how much of each table is done, what it needs, how long that takes"),
+    "show": ("evodiff.status:show_main", "the exact commands of a table's cell: table=... row=... nfe=..."),
     "wandb": ("evodiff.commands:wandb_main", "show a table in Weights & Biases: push TABLE"),
     "gits": ("evodiff.gits:main", "a time grid for a model by dynamic programming, for grid=file"),
     "trace": ("evodiff.trace:main", "the conditional variance and entropy along a trajectory"),

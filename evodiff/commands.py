@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from evodiff.config import build, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import Job, sample_run, score_run, store_of
+from evodiff.experiment import Job, current_record, sample_run, score_run, store_of
 from evodiff.paths import CONFIGS
 from evodiff.record import Record
 from evodiff.sweeps import Action, launch, sweep
@@ -72,21 +72,6 @@ def busy_line(job: Job) -> str:
 def record_line(job: Job) -> str | None:
     record = current_record(job)
     return line(record) if record else None
-
-
-def current_record(job: Job) -> Record | None:
-    """The run's score.json, if it has what is asked and its images are all there."""
-    store, path = store_of(job), job.run.folder / "score.json"
-    if not path.exists() or store.missing():
-        return None
-    record = Record.read(path)
-    known = (record.protocol, record.shards, record.reference_run)
-    asked = (
-        job.protocol.describe() if job.protocol else None,
-        {shard.file: shard.sha256 for shard in store.shards},
-        job.reference_run.key() if job.reference_run else None,
-    )
-    return record if known == asked and {*job.metrics} <= {*record.asked} else None
 
 
 def sampled_line(job: Job) -> str | None:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,9 @@ def paper(solver: Solver) -> str:
     for text in (inspect.getdoc(type(solver)), module.__doc__):
         if found := re.search(r"arXiv (\d{4}\.\d{5})", text or ""):
             return found[1]
-    raise ConfigError(f"{type(solver).__name__} names no paper: its docstring, or its module's, needs one: arXiv NUMBER")
+    raise ConfigError(
+        f"{type(solver).__name__} names no paper: its docstring, or its module's, needs one: arXiv NUMBER"
+    )
 
 
 def evaluations(solver: Solver, steps: int, guidance: bool = False) -> int:
@@ -210,9 +213,14 @@ def measured_order(solver: Solver) -> str:
 
 def recorded(solver: Solver) -> list[dict]:
     """The recorded runs of the released sampler that this solver is, options of single runs aside."""
+    runs, arrays = golden()
+    return [run for run in runs if same(released.SOLVERS[run["solver"]](run["options"], arrays), solver)]
+
+
+@cache
+def golden() -> tuple[list[dict], dict[str, np.ndarray]]:
     with np.load(released.GOLDEN.with_name("solvers.npz")) as arrays:
-        runs = json.loads(released.GOLDEN.with_name("solvers.json").read_text())
-        return [run for run in runs if same(released.SOLVERS[run["solver"]](run["options"], dict(arrays)), solver)]
+        return json.loads(released.GOLDEN.with_name("solvers.json").read_text()), dict(arrays)
 
 
 def diffusers_run(solver: Solver) -> str | None:
@@ -231,9 +239,7 @@ def worst_error(name: str) -> str:
     """Repeats the recorded runs; of the others, what their test allows."""
     solver = configured(name)
     if runs := recorded(solver):
-        with np.load(released.GOLDEN.with_name("solvers.npz")) as file:
-            arrays = dict(file)
-        results = [released.repeat(run, arrays) for run in runs]
+        results = [released.repeat(run, golden()[1]) for run in runs]
         if any(nfe != run["nfe"] for run, (_, nfe) in zip(runs, results, strict=True)):
             raise ConfigError(f"{name} makes another number of evaluations than recorded: see evodiff verify solvers")
         return rounded_up(max(error for error, _ in results))

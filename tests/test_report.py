@@ -34,7 +34,9 @@ def small(results):
 
 
 def bytes_of(folder, pattern):
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob(pattern)}
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob(pattern) if p.is_file()
+    }
 
 
 def test_a_table_is_made_once(small, results, capsys):
@@ -119,10 +121,11 @@ def with_papers(small, tmp_path_factory, monkeypatch):
         "DDIM": {"run": ["solver=ddim"], "published": [{"source": "Paper", "method": "DDIM"}]},
         "EVODiff": {"run": ["solver=evodiff"], "nfe": [6]},
     }
-    changes = {"published": "smoke", "metric": "latent MSE", "seeds": ["0-15", "16-31"]}
+    changes = {"published": "smoke", "metric": "latent MSE", "seeds": ["0-249", "250-499"]}
+    changes["base"] = ["model=mixture", "protocol=none", "metrics=[rmse]", "shard=250", "batch=250"]
     published.read.cache_clear()
     small(rows, **changes).make()
-    measured = small(rows, **changes).verdicts("mse@16")["DDIM", 5].mean
+    measured = small(rows, **changes).verdicts("mse@250")["DDIM", 5].mean
     (folder / "smoke.csv").write_text(PAPERS.format(ddim=repr(measured * 1.001)))
     published.read.cache_clear()
     yield lambda *overrides: small(rows, *overrides, **changes)
@@ -132,20 +135,20 @@ def with_papers(small, tmp_path_factory, monkeypatch):
 def test_a_cell_is_the_mean_of_its_runs_beside_the_paper(with_papers, results):
     table = with_papers()
     table.write()
-    verdict = table.verdicts("mse@16")["DDIM", 5]
-    rmse = [table.records["DDIM", 5, k].metrics["rmse@16"] for k in (0, 1)]
+    verdict = table.verdicts("mse@250")["DDIM", 5]
+    rmse = [table.records["DDIM", 5, k].metrics["rmse@250"] for k in (0, 1)]
     assert verdict.values == pytest.approx([r**2 for r in rmse])
-    assert (verdict.state, table.verdicts("mse@16")["DDIM", 6].state) == ("ok", "off")
-    assert table.verdicts("mse@16")["EVODiff", 6].state == "done"
+    assert (verdict.state, table.verdicts("mse@250")["DDIM", 6].state) == ("ok", "off")
+    assert table.verdicts("mse@250")["EVODiff", 6].state == "done"
     assert ("EVODiff", 5) not in table.cells
     lines = {
         (line["solver"], line["nfe"], line["metric"]): line
         for line in csv.DictReader((results / "tables" / "smoke" / "table.csv").open())
     }
-    line = lines["DDIM", "6", "mse@16"]
+    line = lines["DDIM", "6", "mse@250"]
     assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.99", "read-from-figure", "2")
     assert float(line["difference"]) == pytest.approx(float(line["value"]) - 9.99)
-    assert lines["EVODiff", "6", "rmse@16"]["paper"] == ""
+    assert lines["EVODiff", "6", "rmse@250"]["paper"] == ""
     for page, mark in (("table.md", "* (9.99)"), ("table.tex", "* (9.99)"), ("report.html", "<small>9.99</small>")):
         assert mark in (results / "tables" / "smoke" / page).read_text()
     assert "Trained" in (results / "tables" / "smoke" / "report.html").read_text()  # published only

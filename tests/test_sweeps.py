@@ -50,12 +50,13 @@ def test_a_dying_process_costs_its_own_job_only_elsewhere(library, launcher, tmp
 SBATCH = """#!{python}
 import os, re, subprocess, sys
 
-last = int(re.search(r"--array=0-(\\d+)", open(sys.argv[-1]).read())[1])
+script = open(sys.argv[-1]).read()
+last = int(re.search(r"--array=0-(\\d+)", script)[1])
 for i in range(last + 1):
     env = os.environ | {{"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": str(i), "SLURM_JOB_ID": str(100 + i)}}
     env |= {{f"SLURM_{{k}}": v for k, v in zip(("NTASKS", "NNODES", "PROCID", "LOCALID", "NODEID"), "11000")}}
     env |= {{"SLURM_JOB_NODELIST": "here"}}
-    subprocess.Popen(["sh", "-c", f"bash {{sys.argv[-1]}}; echo $? > {folder}/{{i}}.code"], env=env)
+    subprocess.Popen(["sh", "-c", f'bash -c "$1"; echo $? > {folder}/{{i}}.code', "sh", script], env=env, stdout=-3, stderr=-3)
 print("Submitted batch job 42")
 """
 SRUN = """#!/bin/sh
@@ -92,7 +93,7 @@ def test_slurm_has_one_array_and_a_dying_job_costs_itself_only(tmp_path, monkeyp
     assert [outcome.reason.split(" (")[0] for outcome in died] == [
         f"its Slurm job 42_{i} ended early" for i in range(3)
     ]
-    (script,) = (tmp_path / "submitit").glob("submission_file_*.sh")
+    (script,) = (tmp_path / "submitit").glob("*_submission.sh")
     for line in ("partition=gpu", "array=0-3%2", "gpus-per-node=1", "nice=5", "time=240", "job-name=evodiff"):
         assert f"#SBATCH --{line}\n" in script.read_text()
 

@@ -23,7 +23,7 @@ def of_table(name: str) -> tuple[list[str], list[Path]]:
     if table is None:
         raise ConfigError(f"there is no table {name}; possible: {', '.join(tables())}.")
     base = list(table.get("base") or [])
-    rows = [[*base, *overrides] for overrides in (table.get("rows") or {}).values()] or [base]
+    rows = [[*base, *_overrides(row)] for row in (table.get("rows") or {}).values()] or [base]
     words = {word for row in rows for word in _words(_choices(row))}
     return _entries(words), sorted(CHECKPOINTS / word for word in words if word.endswith(".npz"))
 
@@ -37,6 +37,13 @@ def of(name: str) -> list[str]:
         return of_table(name)[0]
     find(name)  # raises, naming the nearest
     return []
+
+
+def _overrides(row: Any) -> list[str]:
+    """All of a row: a list, or a mapping with those at some NFEs apart (evodiff.report.Row)."""
+    if isinstance(row, list):
+        return row
+    return [*row["run"], *(override for at in row.get("at") or () for override in at["run"])]
 
 
 def _entries(words: Iterable[str]) -> list[str]:

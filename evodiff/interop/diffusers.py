@@ -23,6 +23,7 @@ from evodiff.compat import import_torchvision
 from evodiff.denoiser import Clipped, DynamicThreshold
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
+from evodiff.interop import images
 from evodiff.interop.process import VP, Straight, process_of, translated
 from evodiff.interop.timesteps import Nodes, choose_nodes
 from evodiff.schedule import Node, NoiseSchedule
@@ -297,8 +298,3 @@ def one_evaluation(name: str, **fields: Any) -> Solver:
 def check_choice(name: str, value: str, possible: Sequence[str]) -> None:
     if value not in possible:
         raise ConfigError(f"{name}={value} does not exist; possible: {', '.join(possible)}.")
-
-
-def images(x: Tensor) -> Tensor:
-    """[B, C, H, W] as it is; samples of another shape (sound, video, tokens) as one channel each, [B, 1, N, 1]."""
-    return x if x.ndim == 4 else x.reshape(len(x), 1, -1, 1)

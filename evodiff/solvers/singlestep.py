@@ -22,8 +22,9 @@ from evodiff.solvers.linear import combine
 
 @dataclass(frozen=True)
 class DPMSolverPPSinglestep(Solver):
-    """DPM-Solver++ (arXiv 2211.01095). `orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
+    """DPM-Solver++ (arXiv 2211.01095).
 
+    `orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
     `inner`: how the evaluations inside a step are spaced; null is uniform in half-log-SNR. Set to the spacing of the
     grid, the whole is the released code's: the steps then start at every k-th of the budget's nodes.
     """

@@ -1,0 +1,62 @@
+"""How much of a solver's score is contrast: its distance after the best single gain on its output.
+
+A solver that overshoots widens the spread of pixels, and where a model's own samples are too flat that alone lowers a
+Fréchet distance. So every cell is scored again as g x before clipping, with the gain g that is best for it, chosen on
+other seeds than it is reported on.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evodiff.errors import ConfigError
+from evodiff.metrics.protocol import Protocol
+from evodiff.metrics.score import score
+from evodiff.record import recut
+from evodiff.sampling import to_uint8
+from evodiff.store import SampleStore
+
+GAINS = tuple(round(0.9 + 0.025 * i, 3) for i in range(17))
+"""0.9 to 1.3."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Distances of the reported half of the seeds, `n` images: as they are, and with the `gain` tuned on the others."""
+
+    n: int
+    plain: float
+    gain: float
+    matched: float
+
+
+def contrast_matched(
+    store: SampleStore, protocol: Protocol, device: str = "cpu", tuned_on: int = 2500, gains: Sequence[float] = GAINS
+) -> Matched:
+    """The gain is tuned on the first `tuned_on` seeds, at most half of them, and reported on the second half.
+
+    Raises StoreError for a run that has not kept its states, ConfigError for one of fewer than 4 images.
+    """
+    half = len(store.seeds) // 2
+    if half < 2:
+        raise ConfigError(f"{store.folder} has {len(store.seeds)} images; tuning and reporting need 2 each, so 4")
+    x = [part for (part,) in recut(store.batches("x"))]
+
+    def distance(rows: range, gain: float) -> float:
+        images = (to_uint8(gain * torch.from_numpy(part), protocol.rounding) for part in _rows(x, rows))
+        return next(iter(score(images, protocol, device).values()))
+
+    tuning, reported = range(min(tuned_on, half)), range(half, len(store.seeds))
+    gain = min(gains, key=lambda g: distance(tuning, g))
+    return Matched(len(reported), distance(reported, 1.0), gain, distance(reported, gain))
+
+
+def _rows(parts: Iterable[np.ndarray], rows: range) -> Iterable[np.ndarray]:
+    first = 0
+    for part in parts:
+        piece = part[max(0, rows.start - first) : max(0, rows.stop - first)]
+        if len(piece):
+            yield piece
+        first += len(part)

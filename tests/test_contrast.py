@@ -1,0 +1,57 @@
+"""The gain that matches contrast is found, and not on the seeds it is reported on."""
+
+import numpy as np
+import pytest
+import torch
+
+from evodiff.contrast import contrast_matched
+from evodiff.data import mnist_digits
+from evodiff.errors import ConfigError, StoreError
+from evodiff.metrics.protocol import protocol
+from evodiff.store import SampleStore
+
+MNIST = protocol("mnist")
+
+
+def store_with(folder, arrays, n=400):
+    store = SampleStore(folder, {"nfe": 1}, range(n), 150)
+    for seeds in store.missing():
+        part = {name: array[seeds.start : seeds.stop] for name, array in arrays.items()}
+        store.write(seeds, part, nfe=1, seconds=0.0, weights={})
+    return store
+
+
+@pytest.fixture(scope="module")
+def states():
+    images = mnist_digits()[0]
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:400]]
+    return (images.float() / 127.5 - 1).numpy()
+
+
+@pytest.mark.parametrize("flatter", [1.0, 0.8])
+def test_digits_made_flat_get_their_contrast_back(tmp_path, states, flatter):
+    found = contrast_matched(store_with(tmp_path, {"x": flatter * states}), MNIST, gains=(0.9, 1.0, 1.25))
+    assert found.gain == {1.0: 1.0, 0.8: 1.25}[flatter]
+    assert found.n == 200
+    if flatter == 1.0:
+        assert found.matched == found.plain
+    else:
+        whole = contrast_matched(store_with(tmp_path / "whole", {"x": states}), MNIST, gains=(1.0,))
+        assert found.matched == pytest.approx(whole.plain, rel=1e-2)
+        assert found.plain > 1.5 * found.matched
+
+
+def test_it_is_tuned_on_the_first_half_and_reported_on_the_second(tmp_path, states):
+    """The halves want different gains: the choice is the first half's, the numbers are the second's."""
+    mixed = np.concatenate([0.8 * states[:200], states[200:]])
+    found = contrast_matched(store_with(tmp_path, {"x": mixed}), MNIST, gains=(1.0, 1.25))
+    assert found.gain == 1.25
+    assert found.plain < found.matched
+
+
+def test_without_states_it_says_what_to_do(tmp_path):
+    images = torch.zeros(400, 1, 32, 32, dtype=torch.uint8).numpy()
+    with pytest.raises(StoreError, match="was written without x"):
+        contrast_matched(store_with(tmp_path, {"images": images}), MNIST)
+    with pytest.raises(ConfigError, match="has 3 images"):
+        contrast_matched(store_with(tmp_path / "few", {"x": np.zeros((3, 1, 32, 32))}, 3), MNIST)

@@ -1,0 +1,382 @@
+"""The schedulers: the solver's own steps, whatever the process; configurations in and out; and what diffusers asks."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from evodiff.config import choices
+from evodiff.errors import ConfigError, SamplingError
+from evodiff.grid import Karras, LogSNR, TimeGrid, TimeUniform
+from evodiff.models.analytic import GaussianMixture
+from evodiff.noise import SeededNoise
+from evodiff.sampling import integrate
+from evodiff.schedule import DiscreteVP
+from evodiff.solvers.evodiff import EVODiff
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers' own, on NumPy 2
+from evodiff.interop.diffusers import EVODiffScheduler, SolverScheduler  # noqa: E402
+from evodiff.interop.process import Preconditioned, Straight  # noqa: E402
+
+MEANS = 2 * torch.rand(4, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
+STDS, WEIGHTS = torch.full((4,), 0.1).double(), torch.full((4,), 0.25).double()
+MIXTURE = GaussianMixture(MEANS, STDS, WEIGHTS)
+SCHEDULE = DiscreteVP.linear()
+SPACINGS = {"logsnr": LogSNR(), "karras": Karras(), "time_uniform": TimeUniform()}
+
+
+def accepted():
+    for name in choices("solver"):
+        try:
+            yield name, SolverScheduler(solver=name).solver
+        except ConfigError as e:
+            assert "does not evaluate the network exactly once per step" in str(e)
+
+
+SOLVERS = dict(accepted())
+
+
+def network(scheduler):
+    """A perfect network of the mixture: from what a pipeline gives it, in the scheduler's prediction."""
+    process = scheduler.process
+
+    def output(x, timestep):
+        node = process.schedule.node(process.t_of_timestep(float(timestep)))
+        state = x.double() / process.input_scale(node)
+        D = MIXTURE(state, node)
+        if isinstance(process, Preconditioned):
+            at_0 = process.data(state, torch.zeros_like(state), node)
+            at_1 = process.data(state, torch.ones_like(state), node)
+            return (D - at_0) / (at_1 - at_0)
+        eps = (state - node.alpha * D) / node.sigma
+        outputs = {"eps": eps, "x0": D, "v": node.alpha * eps - node.sigma * D, "flow": eps - D}
+        return outputs[process.predicts]
+
+    return output
+
+
+def noise(seeds=range(3)):
+    return SeededNoise(seeds).latents((2, 3, 3)).double()
+
+
+def loop(scheduler, x, n=8, generator=None, **nodes):
+    """What a pipeline does."""
+    scheduler.set_timesteps(**(nodes or {"num_inference_steps": n}))
+    model = network(scheduler)
+    for t in scheduler.timesteps:
+        out = model(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
+    return x
+
+
+def integrated(solver, x, scheduler, noise=None, denoise_final=False):
+    """The same by the project's own loop, on the scheduler's nodes."""
+    grid = TimeGrid(scheduler._nodes.all, scheduler.process.schedule)
+    return integrate(solver, MIXTURE, x, grid, noise, denoise_final)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ts_ddim"])
+def test_every_solver_steps_as_it_does_in_the_projects_own_loop(name):
+    solver = SOLVERS[name]
+    scheduler = SolverScheduler(solver=name, spacing="logsnr")
+    generators = [torch.Generator().manual_seed(k) for k in range(3)]
+    seeded = SeededNoise(range(3))
+    x = torch.cat([torch.randn(1, 2, 3, 3, generator=g) for g in generators]).double()
+    assert torch.equal(x, seeded.latents((2, 3, 3)).double())
+    if solver.stochastic:  # diffusers draws in the dtype of the state, and this state is float64
+        seeded.normal = lambda like: torch.cat([torch.randn(1, 2, 3, 3, generator=g, dtype=like.dtype) for g in redraw])
+        redraw = [torch.Generator().manual_seed(k) for k in range(3)]
+        for g in redraw:
+            torch.randn(1, 2, 3, 3, generator=g)
+    out = loop(scheduler, x, generator=generators)
+    # the network sees timesteps in float32; bdia (gamma=1) multiplies that difference
+    expected = integrated(solver, x, scheduler, seeded)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-4 if name == "bdia" else 1e-6)
+
+
+def test_solvers_that_need_other_evaluations_are_refused():
+    assert {"evodiff", "evodiff_paper", "dpmpp_3m", "unipc_3", "deis_tab3", "dpm_v3", "ipndm_4", "ddim"} <= set(SOLVERS)
+    assert not {"heun", "dpm2", "dpmpp_2s", "probability_flow", "pc", "plms", "teleport"} & set(SOLVERS)
+    with pytest.raises(ConfigError, match="heun does not evaluate the network exactly once per step"):
+        SolverScheduler(solver="heun")
+    with pytest.raises(SamplingError, match="asks for a network output that the pipeline has not computed"):
+        loop(SolverScheduler(solver="ts_ddim"), noise())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("final", ["sigma_min", "zero"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_predictions_spacings_and_ends(prediction, final, spacing):
+    scheduler = EVODiffScheduler(prediction_type=prediction, final_sigmas_type=final, spacing=spacing)
+    x, to_zero = noise(), final == "zero"
+    out = loop(scheduler, x, 8)
+    assert len(scheduler.timesteps) == scheduler.num_inference_steps == 8
+    schedule = scheduler.process.schedule
+    times = SPACINGS[spacing].times(8 - to_zero, schedule, schedule.t_start, schedule.t_end)
+    assert [node.t for node in scheduler._nodes.all] == times
+    expected = integrated(EVODiff(), x, scheduler, denoise_final=to_zero)
+    assert torch.allclose(out, expected, rtol=0, atol=2e-6)
+
+
+def test_timesteps_are_those_of_training_and_may_be_fractions():
+    scheduler = EVODiffScheduler()
+    scheduler.set_timesteps(4)
+    assert torch.allclose(scheduler.timesteps, torch.tensor([999, 749.25, 499.5, 249.75]))
+    node = SCHEDULE.node(0.5)
+    assert scheduler.process.schedule.node(scheduler.process.t_of_timestep(499)).kappa == pytest.approx(node.kappa)
+    assert scheduler.sigmas[-1] == pytest.approx(SCHEDULE.node(1e-3).kappa)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999]
+
+
+@pytest.mark.parametrize(
+    ("flags", "spacing"),
+    [
+        ({"use_karras_sigmas": True}, Karras()),
+        ({"use_lu_lambdas": True}, LogSNR()),
+        ({"use_exponential_sigmas": True}, LogSNR()),
+        ({}, TimeUniform()),
+    ],
+)
+def test_flags_of_other_schedulers_name_spacings(flags, spacing):
+    scheduler = EVODiffScheduler(**flags)
+    scheduler.set_timesteps(6)
+    assert [node.t for node in scheduler._nodes.all] == pytest.approx(spacing.times(6, SCHEDULE, 1.0, 1e-3))
+
+
+@pytest.mark.parametrize("kind", ["leading", "trailing"])
+def test_leading_and_trailing_are_those_of_diffusers(kind):
+    theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=kind, steps_offset=1)
+    ours = EVODiffScheduler.from_config(theirs.config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    assert torch.allclose(ours.timesteps, theirs.timesteps.float())
+
+
+def test_listed_timesteps_and_sigmas():
+    x = noise()
+    scheduler = EVODiffScheduler()
+    ays = diffusers.schedulers.AysSchedules["StableDiffusionTimesteps"]
+    out = loop(scheduler, x, timesteps=ays)
+    assert scheduler.timesteps.tolist() == ays
+    sigmas = scheduler.sigmas.tolist()
+    assert torch.allclose(loop(scheduler, x, sigmas=sigmas), out, atol=1e-5)
+    assert torch.allclose(scheduler.timesteps, torch.tensor(ays).float(), atol=1e-3)
+    to_zero = loop(scheduler, x, sigmas=[*sigmas[:-1], 0.0])
+    assert scheduler.sigmas[-1] == 0 and len(scheduler.timesteps) == len(ays)
+    last = loop(EVODiffScheduler(final_sigmas_type="zero"), x, timesteps=ays)
+    assert torch.allclose(to_zero, last, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ({}, "one of num_inference_steps, timesteps and sigmas"),
+        ({"num_inference_steps": 3, "timesteps": [9, 5, 1]}, "and only one"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 is impossible"),
+        ({"timesteps": [10, 20]}, "must fall strictly"),
+        ({"sigmas": [1.0, 0.0, 0.5]}, "only the last may be 0"),
+    ],
+)
+def test_impossible_nodes(nodes, message):
+    with pytest.raises(ConfigError, match=message):
+        EVODiffScheduler().set_timesteps(**nodes)
+
+
+def test_flows_begin_below_1_and_are_shifted():
+    scheduler = EVODiffScheduler(prediction_type="flow_prediction", flow_shift=3.0, final_sigmas_type="zero")
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert scheduler.timesteps.tolist() == pytest.approx([999, 900, 750, 500])
+    scheduler.set_timesteps(sigmas=[0.75, 0.5], mu=0.0)
+    assert scheduler.timesteps.tolist() == pytest.approx([750, 500])
+
+
+VP_SCHEDULERS = (
+    "DDPM DDIM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete DPMSolverMultistep "
+    "DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver LCM DDIMInverse"
+)
+FOREIGN = {
+    **{name: {} for name in VP_SCHEDULERS.split()},
+    "FlowMatchEulerDiscrete": {"shift": 3.0},
+    "FlowMatchHeunDiscrete": {},
+    "EDMEuler": {},
+    "EDMDPMSolverMultistep": {"sigma_max": 20.0},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_any_schedulers_configuration_gives_a_sampler_of_its_process(name):
+    """A perfect network of that process ends at the mixture's modes, and the configuration survives the way back."""
+    theirs = getattr(diffusers, f"{name}Scheduler")(**FOREIGN[name])
+    ours = EVODiffScheduler.from_config(theirs.config)
+    n = 15 if isinstance(ours.process, Straight) else 30
+    out = loop(ours, noise() * ours.init_noise_sigma, n)
+    distance = (out[:, None] - MEANS).flatten(2).norm(dim=2).amin(1)
+    assert (distance < 0.1 * 18**0.5 * 2).all(), distance
+    back = type(theirs).from_config(ours.config)
+    assert {k: back.config[k] for k in FOREIGN[name]} == FOREIGN[name]
+    assert dict(EVODiffScheduler.from_config(back.config).config)["flow_shift"] == ours.config["flow_shift"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01}, "noise schedule of ScoreSdeVeScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
+        ({"prediction_type": "score"}, "prediction_type=score does not exist; possible: epsilon"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid is not known here"),
+        ({"timestep_spacing": "log"}, "timestep_spacing=log does not exist; possible: linspace"),
+        ({"solver_fields": {"moo": 1}}, "solver=evodiff has no field moo"),
+        ({"prediction_type": "sample", "sigma_data": 0.5}, "prediction_type=sample with sigma_data"),
+    ],
+)
+def test_configurations_that_cannot_be_right_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        EVODiffScheduler.from_config({"beta_schedule": "linear", **config} if "_class" not in str(config) else config)
+
+
+def test_betas_are_those_of_diffusers():
+    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        theirs = diffusers.DDPMScheduler(beta_schedule=kind)
+        ours = EVODiffScheduler.from_config(theirs.config)
+        assert torch.allclose(ours.betas, theirs.betas, rtol=2e-4, atol=1e-7)
+        assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
+    rescaled = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    theirs = diffusers.DPMSolverMultistepScheduler(**rescaled)
+    ours = EVODiffScheduler(**rescaled)
+    assert torch.allclose(ours.alphas_cumprod[:-1], theirs.alphas_cumprod[:-1], rtol=2e-2, atol=1e-6)
+    assert 0 < ours.alphas_cumprod[-1] < 1e-6
+    assert EVODiffScheduler(trained_betas=[0.1, 0.3]).betas.tolist() == pytest.approx([0.1, 0.3])
+    clipped = EVODiffScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
+    clipped.set_timesteps(5)
+    assert clipped._nodes.all[0].lam == pytest.approx(-5.1)
+
+
+def test_save_and_load(tmp_path):
+    scheduler = SolverScheduler(solver="dpmpp_3m", solver_fields={"lower_order_final": False}, spacing="karras")
+    scheduler.save_pretrained(tmp_path)
+    loaded = SolverScheduler.from_pretrained(tmp_path)
+    assert loaded.solver == scheduler.solver and not loaded.solver.lower_order_final
+    assert torch.equal(loop(loaded, noise()), loop(scheduler, noise()))
+    assert EVODiffScheduler.from_pretrained(tmp_path, solver_fields=None).config["solver"] == "evodiff"
+
+
+def test_used_again_it_gives_the_same():
+    scheduler, x = EVODiffScheduler(), noise()
+    first = loop(scheduler, x)
+    loop(scheduler, noise(range(5, 8)), 5)
+    assert torch.equal(loop(scheduler, x), first)
+
+
+def test_samples_do_not_depend_on_their_batch():
+    scheduler = EVODiffScheduler(thresholding=True)
+    together = loop(scheduler, noise())
+    alone = torch.cat([loop(scheduler, noise([k])) for k in range(3)])
+    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_state_keeps_its_dtype_and_steps_are_computed_in_float32(dtype):
+    scheduler, x = EVODiffScheduler(), noise().to(dtype)
+    out = loop(scheduler, x)
+    assert out.dtype == dtype
+    scheduler.set_timesteps(8)
+    t = scheduler.timesteps[0]
+    output = network(scheduler)(x, t).to(dtype)
+    scheduler.set_timesteps(8)
+    coarse = scheduler.step(output, t, x).prev_sample
+    scheduler.set_timesteps(8)
+    fine = scheduler.step(output.float(), t, x.float()).prev_sample
+    assert torch.equal(coarse, fine.to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 3, 3, 1), (6, 3)])
+def test_other_shapes_are_one_channel(shape):
+    """Sound, video and tokens step as the same numbers in one channel of an image."""
+    x = noise()
+    outs = []
+    for form in ((1, 18, 1), shape):
+        scheduler = EVODiffScheduler(prediction_type="sample")
+        scheduler.set_timesteps(6)
+        y = x.reshape(3, *form)
+        for t in scheduler.timesteps:
+            node = scheduler.process.schedule.node(scheduler.process.t_of_timestep(float(t)))
+            y = scheduler.step(MIXTURE(y.reshape_as(x), node).reshape(y.shape), t, y).prev_sample
+        assert y.shape == (3, *form)
+        outs.append(y.flatten())
+    assert torch.allclose(*outs, atol=1e-12)
+
+
+def test_a_learned_variance_is_left_out():
+    scheduler, x = EVODiffScheduler(), noise()
+    scheduler.set_timesteps(4)
+    t = scheduler.timesteps[0]
+    plain = scheduler.step(network(scheduler)(x, t), t, x).prev_sample
+    scheduler.set_timesteps(4)
+    wide = torch.cat([network(scheduler)(x, t), torch.full_like(x, 7)], dim=1)
+    assert torch.equal(scheduler.step(wide, t, x).prev_sample, plain)
+
+
+def test_limits_on_the_data_prediction():
+    x, D = noise(), 3 * noise(range(3, 6))
+
+    def first(**config):
+        scheduler = EVODiffScheduler(prediction_type="sample", **config)
+        scheduler.set_timesteps(4)
+        return scheduler.step(D, scheduler.timesteps[0], x).pred_original_sample
+
+    assert torch.equal(first(), D)
+    assert torch.equal(first(clip_sample=True, clip_sample_range=0.5), D.clamp(-0.5, 0.5))
+    for largest in (1.0, 2.0, 100.0):
+        ours = first(thresholding=True, dynamic_thresholding_ratio=0.5, sample_max_value=largest)
+        theirs = diffusers.DPMSolverMultistepScheduler(
+            thresholding=True, dynamic_thresholding_ratio=0.5, sample_max_value=largest
+        )._threshold_sample(D)
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_noise_is_added_at_the_timestep_of_each_sample():
+    scheduler = EVODiffScheduler()
+    theirs = diffusers.DDPMScheduler()
+    x, z, t = noise().float(), noise(range(3, 6)).float(), torch.tensor([0, 500, 999])
+    assert torch.allclose(scheduler.add_noise(x, z, t), theirs.add_noise(x, z, t), atol=1e-4)
+    node = SCHEDULE.node(0.3755)
+    assert torch.allclose(scheduler.add_noise(x, z, torch.tensor([374.5])), node.alpha * x + node.sigma * z)
+
+
+def test_starting_in_the_middle_is_a_run_of_its_own():
+    """Image to image: the first step that is made has no history, whatever its place on the grid."""
+    scheduler, x = SolverScheduler(solver="unipc_3", spacing="logsnr"), noise()
+    outs = []
+    for begin in (None, 5):
+        scheduler.set_timesteps(9)
+        if begin:
+            scheduler.set_begin_index(begin)
+        model, y = network(scheduler), x
+        for t in scheduler.timesteps[5:]:
+            y = scheduler.step(model(y, t), t, y, return_dict=False)[0]
+        outs.append(y)
+        assert (scheduler.begin_index, scheduler.step_index) == (5, 9)
+    assert torch.equal(*outs)
+    rest = TimeGrid(scheduler._nodes.all[5:], scheduler.process.schedule)
+    assert torch.allclose(outs[0], integrate(scheduler.solver, MIXTURE, x, rest), rtol=0, atol=1e-6)
+
+
+def test_steps_out_of_order_say_what_to_do():
+    scheduler, x = EVODiffScheduler(), noise()
+    with pytest.raises(SamplingError, match="call scheduler.set_timesteps"):
+        scheduler.step(x, 0, x)
+    loop(scheduler, x, 3)
+    with pytest.raises(SamplingError, match="all 3 steps are done"):
+        scheduler.step(x, 0, x)
+
+
+def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "evodiff.interop.diffusers")
+    with pytest.raises(
+        ConfigError, match=r"needs the package diffusers. Install it: pip install 'evodiff\[diffusers\]'"
+    ):
+        importlib.import_module("evodiff.interop.diffusers")

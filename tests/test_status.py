@@ -1,0 +1,118 @@
+"""What is done, what is needed, what it costs; and commands that a shell can run."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from evodiff import status
+from evodiff.config import compose
+from evodiff.errors import ConfigError
+from evodiff.experiment import Job
+from evodiff.report import Table
+from evodiff.status import cost, lines_of, missing_files
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, results, monkeypatch):
+    monkeypatch.setenv("EVODIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(status, "RESULTS", results)
+
+
+def table(name="smoke", *overrides, **changes):
+    cfg = compose("table", [f"table={name}", *overrides])
+    cfg.table.update(changes)
+    return Table.from_config(cfg)
+
+
+def small(**rows):
+    base = ["model=mixture", "protocol=none", "seeds=0-15"]
+    return table(base=base, rows={name: {"run": run, "nfe": [5, 6]} for name, run in rows.items()})
+
+
+def test_status_counts_what_is_done_and_what_is_left(capsys):
+    t = small(DDIM=["solver=ddim"], Heun=["solver=heun"])
+    assert next(lines_of(t)) == "smoke: 4 cells (4 missing), 0 of 4 runs done"
+    # 16 images x (5 + 6 + 5 + 6) evaluations, and 79 for the reference
+    assert cost(t) == "0.00162 million evaluations to do; hours unknown: no throughput of mixture is recorded"
+    assert t.make() == 1  # Heun cannot spend 5
+    assert next(lines_of(t)) == "smoke: 4 cells (1 missing, 3 done), 3 of 4 runs done"
+    assert re.match(
+        r"8e-05 million evaluations to do, \S+ hours \(mixture: [\d,]+/s on cpu .*, its own runs\)", cost(t)
+    )
+
+
+def test_hours_come_from_a_recorded_throughput(results):
+    (results / "bench").mkdir()
+    (results / "bench" / "throughput.json").write_text(json.dumps({"a GPU": {"mixture": 2.0}}))
+    t = small(DDIM=["solver=ddim"])
+    assert cost(t) == f"0.00144 million evaluations to do, {16 * 90 / 2 / 3600:.3g} hours (mixture: 2/s on a GPU)"
+
+
+def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
+    needed = "\n".join(missing_files(table("cifar10_edm")))
+    assert "model cifar10_edm_uncond_vp: `evodiff fetch cifar10_edm_uncond_vp` (223 MB)" in needed
+    assert "reference cifar10_score_sde_reference" in needed
+    assert "evodiff stats ems model=cifar10_edm nodes=1200 samples=1024 out=checkpoints/cache/ems/" in needed
+    file = tmp_path / "cache" / "cifar10_edm_uncond_vp" / "edm-cifar10-32x32-uncond-vp.pkl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert "model cifar10_edm_uncond_vp" not in "\n".join(missing_files(table("cifar10_edm")))
+
+
+def test_other_networks_of_a_row_are_needed_too():
+    needed = "\n".join(missing_files(table("cifar10_edm_nvlabs")))
+    assert "cifar10_edm_uncond_ve" in needed and "cifar10_edm_cond_vp" in needed
+    assert "`evodiff gits model=cifar10_edm steps=4-25 out=results/grids/gits_cifar10_edm.json`" in needed
+
+
+def test_an_unfinished_table_that_lacks_nothing_says_so():
+    assert list(lines_of(small(DDIM=["solver=ddim"])))[-1].endswith("nothing else is needed: `make table-smoke`")
+
+
+def test_every_shown_command_is_the_run_of_its_cell(evodiff_command):
+    """Read by a shell's rules and composed, it has the key that the table looks for."""
+    for name, row, nfe in (("cifar10_score_sde", "DPM-Solver-v3", 5), ("cifar10_edm_nvlabs", "DEIS-tAB3", 8)):
+        code, out, _ = evodiff_command("show", f"table={name}", f"row={row}", f"nfe={nfe}", "repeats=2")
+        lines = [line for line in out.splitlines() if not line.startswith("#")]
+        keys = []
+        for line in lines:
+            words = shlex.split(line)
+            assert words[:2] == ["evodiff", "run"]
+            keys.append(Job.compose(words[2:]).run.key())
+        assert code == 0
+        assert keys == [job.run.key() for job in table(name, "repeats=2").cells[row, nfe].jobs]
+    assert "# 14.39: GITS arXiv" not in out and "# 5.55: GITS arXiv" in out
+
+
+def test_rows_are_listed_as_commands(evodiff_command):
+    _, out, _ = evodiff_command("show", "table=demo")
+    words = shlex.split(out.splitlines()[1])
+    assert words == ["evodiff", "show", "table=demo", "row=DPM-Solver++ 2M", "nfe=5,8,10,15"]
+    assert len(evodiff_command(*words[1:])[1].splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["show", "table=demos"], "usage: evodiff show"),
+        (["show", "table=demo", "row=DIM"], "Did you mean DDIM?"),
+        (["show", "table=demo", "row=DDIM", "nfe=6"], "no cell at nfe=6; it has 5, 8, 10, 15"),
+        (["status", "dmo"], "Did you mean demo?"),
+    ],
+)
+def test_what_is_not_there_is_named(evodiff_command, argv, message):
+    code, _, err = evodiff_command(*argv)
+    assert code == 1 and message in err
+
+
+def test_a_throughput_of_another_model_does_not_count(results):
+    (results / "bench").mkdir()
+    (results / "bench" / "throughput.json").write_text(json.dumps({"a GPU": {"mnist_tiny": 2.0}}))
+    assert "no throughput of mixture" in cost(small(DDIM=["solver=ddim"]))
+
+
+def test_a_table_that_cannot_be_read_is_an_error():
+    with pytest.raises(ConfigError):
+        table("smoke", rows={"a": {"run": ["solver=ddim"], "nfes": []}})
