@@ -1,6 +1,5 @@
 """The figure of a report: a metric against NFE, drawn in the reader's browser from the numbers beside it."""
 
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ def chart(curves: dict[str, Curve], lines: dict[str, float], label: str, fallbac
         papers = [[n, curve.papers[n]] for n in sorted(curve.papers)]
         rows.append({"name": name, "colour": COLOURS[i % 10], "dash": i // 10, "ours": points, "papers": papers})
     data = json.dumps({"label": label, "rows": rows, "lines": lines}).replace("</", "<\\/")
+    budgets = [n for curve in curves.values() for n in (*curve.values, *curve.papers)]
+    wide = bool(budgets) and max(budgets) > 8 * min(budgets)
     switches = "".join(
-        f'<label><input type="checkbox" name="{name}"{" checked" if on else ""}> {html.escape(text)}</label>'
-        for name, text, on in SWITCHES
+        f'<label><input type="checkbox" name="{name}"{" checked" if wide or name != "logx" else ""}> {text}</label>'
+        for name, text in SWITCHES.items()
         if name != "papers" or any(row["papers"] for row in rows)
     )
     return (
@@ -28,12 +29,12 @@ def chart(curves: dict[str, Curve], lines: dict[str, float], label: str, fallbac
     )
 
 
-SWITCHES = (
-    ("logy", "logarithmic axis", True),
-    ("logx", "logarithmic NFE", False),
-    ("bands", "95 % confidence", True),
-    ("papers", "papers (hollow)", True),
-)
+SWITCHES = {
+    "logy": "logarithmic axis",
+    "logx": "logarithmic NFE",
+    "bands": "95 % confidence",
+    "papers": "papers (hollow)",
+}
 
 CHART_CSS = """
 .chart figure { margin: .3rem 0; } .chart svg { width: 100%; height: auto; }

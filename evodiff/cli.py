@@ -43,6 +43,7 @@ COMMANDS = {
         "evodiff.commands:verify_main",
         "compare with recorded reference results: solvers, networks, metrics",
     ),
+    "docs": ("evodiff.docs_solvers:main", "write docs/solvers.md from the solvers, or --check it"),
 }
 
 

@@ -167,7 +167,10 @@ def wandb_main(argv: list[str]) -> int:
     table = Table.from_config(table_config("wandb push", [argv[1], *own, *argv[2:]]))
     if not table.records:
         raise EvodiffError(f"table {table.name} has no records yet. `evodiff table {table.config}` makes them.")
-    return 0 if table.publish(table.tracker) else 1
+    if not table.publish(table.tracker):
+        return 1
+    print(f"{table.name}: {len(table.records)} runs and their table are shown")
+    return 0
 
 
 def report_main(argv: list[str]) -> int:

@@ -179,7 +179,8 @@ class Optimised:
 
 @dataclass(frozen=True)
 class FromFile:
-    """Times from a JSON file: a list of falling numbers, or a mapping from the number of steps to such a list.
+    """Times from a JSON file, for grids that are computed or optimised (`evodiff gits`, AYS, DMN): a list of falling
+    numbers, or a mapping from the number of steps to such a list.
 
     They must run from t_start to t_end, to three digits: a file made for another schedule is refused.
     """

@@ -72,7 +72,7 @@ def _metric(table: "Table", metric: str) -> list[str]:
     compared = any(v.paper for v in table.verdicts(metric).values())
     return [
         f"<h2>{_text(metric)}</h2><p>{_text(EXPLAINED.get(prefix, ''))}</p>",
-        chart(table.curves(metric), table.context[metric], metric, fallback),
+        chart(table.curves(metric), table.levels(metric), metric, fallback),
         f"<p>{_text(TOLERANCE)}</p>" if compared else "",
         _grid(table, metric),
     ]
@@ -92,7 +92,7 @@ def _grid(table: "Table", metric: str) -> str:
             classes = f"{verdict.state}{' best' if (row, nfe) in lead else ''}"
             tds += f'<td class="{classes}" title="{_text(_told(table, row, nfe, verdict))}">{_cell(verdict)}</td>'
         body += f"<tr><td>{_text(row)}</td>{tds}</tr>"
-    note = "; ".join(f"{label}: {show(value)}" for label, value in table.context[metric].items())
+    note = "; ".join(f"{label}: {show(value)}" for label, value in table.levels(metric).items())
     return f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div><p>{_text(note)}</p>"
 
 

@@ -118,7 +118,9 @@ def save_curves(
                       textcoords="offset points", ha="right", fontsize=8, color="#555555")  # fmt: skip
     nfes = sorted({n for curve in curves.values() for n in (*curve.values, *curve.papers)})
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
-    axis.set(xlabel="NFE", ylabel=ylabel, title=title, yscale="log", xscale="log" if wide else "linear")
+    positive = any(v > 0 for curve in curves.values() for v in (*curve.values.values(), *curve.papers.values()))
+    scales = {"yscale": "log" if positive else "linear", "xscale": "log" if wide else "linear"}
+    axis.set(xlabel="NFE", ylabel=ylabel, title=title, **scales)
     if wide:
         axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())

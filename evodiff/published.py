@@ -4,7 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,7 +27,7 @@ to compare with."""
 
 @dataclass(frozen=True)
 class Published:
-    """One number of a paper. `nfe` as counted here; `value` as printed there, with all its digits."""
+    """One number of a paper; `value` as printed there, with all its digits."""
 
     model: str
     method: str
@@ -46,9 +46,13 @@ class Published:
         return float(self.value)
 
     @property
+    def decimals(self) -> int:
+        return len(self.value.partition(".")[2])
+
+    @property
     def rounding(self) -> float:
         """Half a unit of the last digit printed."""
-        return 0.5 * 10.0 ** -len(self.value.partition(".")[2])
+        return 0.5 * 10.0**-self.decimals
 
     @property
     def least_of_3(self) -> bool:
@@ -74,7 +78,19 @@ def read(name: str) -> tuple[Published, ...]:
             nfe = line.pop("nfe")
             line.pop("dataset", None)
             found.append(Published(**line, nfe=int(nfe) if nfe else None))
-    return tuple(found)
+    return _as_printed(found)
+
+
+def _as_printed(found: Sequence[Published]) -> tuple[Published, ...]:
+    """The files drop zeros at the end (3.5 for 3.50): every number gets as many decimals as its table has."""
+
+    def table(p: Published) -> tuple[str, ...]:
+        return p.source, p.table, p.model, p.metric, p.guidance
+
+    decimals: dict[tuple[str, ...], int] = {}
+    for p in found:
+        decimals[table(p)] = max(decimals.get(table(p), 0), p.decimals)
+    return tuple(replace(p, value=f"{p.number:.{decimals[table(p)]}f}") for p in found)
 
 
 def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[int, Published]:

@@ -1,79 +1,29 @@
 """Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff import page, text, trajectory
+from evodiff import pages, text
+from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import Job, Record, Run, sample_run, score_run, store_of
-from evodiff.files import whole_file
+from evodiff.experiment import Job, Run, sample_run, score_run
 from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
-from evodiff.plots import Curve, save_curves, save_sample_sheet
+from evodiff.plots import Curve
 from evodiff.published import Published, Verdict, matching, read, unmatched
+from evodiff.record import Record
 from evodiff.tracking import Tracker
 
 PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}
 """A paper's name of a metric, and ours before the @."""
-SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
-"""NFE of the sample sheet, where a table has many."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method: its overrides, its budgets, overrides at some of them, and what describes its published numbers."""
-
-    name: str
-    run: tuple[str, ...]
-    nfe: tuple[int, ...]
-    at: tuple[Mapping[str, Any], ...] = ()
-    published: tuple[Mapping[str, Any], ...] = ()
-    everywhere: tuple[Mapping[str, Any], ...] = ()
-    """The table's own `at`."""
-
-    @classmethod
-    def of(cls, name: str, content: Any, nfe: Sequence[int], at: Sequence[Mapping[str, Any]]) -> "Row":
-        """From a table's YAML: a list of overrides, or a mapping with `run`, and `nfe`, `at`, `published` as needed."""
-        fields = dict(content) if isinstance(content, Mapping) else {"run": content}
-        if unknown := sorted(fields.keys() - {"run", "nfe", "at", "published"}):
-            raise ConfigError(f"row {name}: {', '.join(unknown)} is no key; possible: run, nfe, at, published")
-        own = tuple(fields.get("at") or ())
-        wrong = [entry for entry in (*at, *own) if entry.keys() not in ({"nfe", "run"}, {"above", "run"})]
-        if wrong:
-            raise ConfigError(f"row {name}: at: expected nfe (a list) or above (a number), and run, not {wrong[0]}")
-        budgets, papers = tuple(fields.get("nfe") or nfe), tuple(fields.get("published") or ())
-        return cls(name, tuple(fields["run"]), budgets, own, papers, tuple(at))
-
-    def overrides(self, nfe: int) -> list[str]:
-        """At one NFE: the table's, the row's, the row's at this NFE; what comes later is stronger."""
-        first, last = (
-            [o for at in entries if (nfe > at["above"] if "above" in at else nfe in at["nfe"]) for o in at["run"]]
-            for entries in (self.everywhere, self.at)
-        )
-        return [*first, *self.run, *last]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method at one NFE: a job for each range of seeds, and published numbers, of which the first is compared."""
-
-    row: str
-    nfe: int
-    overrides: tuple[str, ...]
-    jobs: tuple[Job, ...]
-    papers: tuple[Published, ...]
-
-    @property
-    def label(self) -> str:
-        return f"{self.row}, NFE {self.nfe}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +89,7 @@ class Table:
             for nfe in row.nfe:
                 overrides = row.overrides(nfe)
                 job = composed(*overrides).with_nfe(nfe)
-                jobs = tuple(_with_seeds(job, seeds) for seeds in self._seeds_of(job))
+                jobs = tuple(with_seeds(job, seeds) for seeds in self._seeds_of(job))
                 papers = tuple(by_nfe[nfe] for by_nfe in found if nfe in by_nfe)
                 cells[row.name, nfe] = Cell(row.name, nfe, tuple(overrides), jobs, papers)
         keys: dict[str, Cell] = {}
@@ -167,7 +117,7 @@ class Table:
     @property
     def references(self) -> dict[str, tuple[Job, Run]]:
         """By key, the converged runs that the cells' rmse compares with, and a job that can make each."""
-        found = {}
+        found: dict[str, tuple[Job, Run]] = {}
         for job in self.jobs.values():
             if job.reference_run is not None:
                 found.setdefault(job.reference_run.key(), (job, job.reference_run))
@@ -210,19 +160,24 @@ class Table:
         """The records there are, of this table's protocol."""
         found = {}
         for place, job in self.jobs.items():
-            record = self.record_of(job)
+            record = self.record_of(job, self.keys[place])
             if record is not None:
                 found[place] = record
         return found
+
+    @cached_property
+    def keys(self) -> dict[tuple[str, int, int], str]:
+        return {place: job.run.key() for place, job in self.jobs.items()}
 
     def record_of(self, job: Job, key: str | None = None) -> Record | None:
         """A run's score.json in its folder, or the copy committed with the table; None if neither is there, or if it
         was scored by another protocol."""
         key = key or job.run.key()
         wanted = job.protocol.hash if job.protocol else None
-        for path in (job.run.folder.parent / key / "score.json", self.folder / "records" / f"{key}.json"):
+        run_folder = RESULTS / "runs" / job.run.model["name"] / key
+        for path in (run_folder / "score.json", self.folder / "records" / f"{key}.json"):
             if path.exists():
-                record = Record.read(path)
+                record = _read_record(path, path.stat().st_mtime_ns)
                 if (record.protocol or {}).get("hash") == wanted:
                     return record
         return None
@@ -240,8 +195,13 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics of the records, the main one first."""
-        found = dict.fromkeys(name for record in self.records.values() for name in self.measures(record))
+        """The names of all metrics of the records, the main one first; errors stand beside what they are of."""
+        found = dict.fromkeys(
+            name
+            for record in self.records.values()
+            for name in self.measures(record)
+            if not name.split("@")[0].endswith(("_se", "_std"))
+        )
         if not found and self.metric is not None:
             found = {f"{self.main_metric}@{self.images}": None}
         return sorted(found, key=lambda name: name.split("@")[0] != self.main_metric)
@@ -288,80 +248,42 @@ class Table:
                 curves[row].papers[nfe] = verdict.paper.number
         return {row: curve for row, curve in curves.items() if curve.values or curve.papers}
 
-    @cached_property
-    def context(self) -> dict[str, dict[str, float]]:
-        """Beside each metric: the noise floor (real against real) and the value of the converged sampler."""
+    def levels(self, metric: str) -> dict[str, float]:
+        """What else a metric has: the noise floor (real against real), and the value of the converged sampler."""
         job = next(iter(self.jobs.values()))
-        context: dict[str, dict[str, float]] = {metric: {} for metric in self.metrics}
-        if job.protocol is not None and self.records:
+        found = {}
+        if job.protocol is not None and metric.split("@")[0] == job.protocol.metric and self.records:
             try:
                 floor = reference_of(job.protocol).provenance.get("noise_floor")
             except EvodiffError:  # the records came without the reference file
                 floor = None
-            for metric in self.metrics:
-                if metric.split("@")[0] == job.protocol.metric and floor is not None:
-                    context[metric]["noise floor"] = floor["distance"]
-        for key, (of_job, _) in self.references.items():
-            record = self.record_of(of_job, key)
-            for metric in self.metrics:
-                if record is not None and metric in record.metrics and len(self.references) == 1:
-                    context[metric][f"{record.run['solver']['name']} at NFE {record.nfe}"] = record.metrics[metric]
-        return context
-
-    def write(self) -> None:
-        """All pages into results/tables/<name>, from the records alone; images where their runs are here."""
-        if not self.records and not self.published:
-            raise EvodiffError(f"table {self.config} has no records yet. `evodiff table {self.config}` makes them.")
-        self._copy_records()
-        self._write("table.md", f"# {self.title}\n\n{text.markdown(self)}")
-        self._write("table.tex", text.latex(self))
-        self._write("table.csv", text.table_csv(self))
-        for metric in self.metrics:
-            paths = [self.folder / f"{self.stem(metric)}.{kind}" for kind in ("png", "svg")]
-            save_curves(paths, self.curves(metric), metric, self.context[metric], title=f"{metric} against NFE")
-        if sheets := self._sheets():
-            save_sample_sheet(self.folder / "samples.png", sheets)
-        trajectory.save_sheet(self.folder / "trajectories.png", self)
-        self._write("report.html", page.html(self))
+            if floor is not None:
+                found["noise floor"] = floor["distance"]
+        if len(self.references) == 1:
+            ((key, _),) = self.references.items()
+            record = self.record_of(job, key)
+            if record is not None and metric in record.metrics:
+                found[f"{record.run['solver']['name']} at NFE {record.nfe}"] = record.metrics[metric]
+        return found
 
     def stem(self, metric: str) -> str:
         prefix = metric.split("@")[0]
         return "fid_vs_nfe" if prefix == self.main_metric else f"{prefix}_vs_nfe"
 
-    def _copy_records(self) -> None:
-        keys = {job.run.key(): job for job in self.jobs.values()} | {k: job for k, (job, _) in self.references.items()}
-        for key, job in keys.items():
-            copy = self.folder / "records" / f"{key}.json"
-            record = self.record_of(job, key)
-            if record is not None and not (copy.exists() and Record.read(copy) == record):
-                record.write(copy)
-
-    def _sheets(self) -> dict[str, dict[int, np.ndarray]]:
-        """The first nine images of each cell whose shards are here."""
-        sheets: dict[str, dict[int, np.ndarray]] = {}
-        shown = self.nfe if len(self.nfe) <= 8 else [n for n in self.nfe if n in SHOWN]
-        for cell in self.cells.values():
-            job = cell.jobs[0]
-            if cell.nfe in shown and job.run.folder.exists() and not (store := store_of(job)).missing():
-                first = store.first(9)
-                if len(first) == 9:
-                    sheets.setdefault(cell.row, {})[cell.nfe] = first
-        return sheets
-
-    def _write(self, name: str, content: str) -> None:
-        with whole_file(self.folder / name) as temporary:
-            temporary.write_text(content)
+    def write(self) -> None:
+        """All pages into results/tables/<name>."""
+        pages.write(self)
 
     def text(self) -> str:
         return text.markdown(self)
 
 
+@lru_cache(maxsize=4096)
+def _read_record(path: Path, written: int) -> Record:
+    """Pages ask for the same records many times."""
+    return Record.read(path)
+
+
 def _sample(job: Job, run: Run | None) -> None:
     if not sample_run(job, run):
         raise EvodiffError("another process still works on it")
-
-
-def _with_seeds(job: Job, seeds: range) -> Job:
-    span = (seeds.start, seeds.stop - 1)
-    reference = job.reference_run and replace(job.reference_run, seeds=span)
-    return replace(job, run=replace(job.run, seeds=span), reference_run=reference)

@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 from evodiff.published import Verdict
 
 if TYPE_CHECKING:
-    from evodiff.report import Cell, Table
+    from evodiff.cells import Cell
+    from evodiff.report import Table
 
 MARKS = {"proxy": "†", "off": "*"}
 """After a number: taken on fewer images than the paper's; beyond the tolerance of the paper's."""
-NO_BEST = ("contrast", "is_std", "kid_std", "fid_se")
 HIGHER = ("is", "precision", "recall", "density", "coverage")
 
 
 def show(value: float) -> str:
     """Three significant digits, without an exponent where that reads well."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if 0 < abs(value) < 1000 else f"{value:.0f}"
 
 
 def best(table: "Table", metric: str) -> set[tuple[str, int]]:
     """Cells that are best in their column of more than one; contrast has no best."""
     prefix = metric.split("@")[0]
-    if prefix.startswith(NO_BEST):
+    if prefix == "contrast":
         return set()
     ours = {place: v.mean for place, v in table.verdicts(metric).items() if v.values}
     choose = max if prefix.startswith(HIGHER) else min
@@ -38,8 +38,13 @@ def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
     paper = f" ({verdict.paper.value})" if verdict.paper is not None else ""
     if verdict.ours is None:
         return f"–{paper}" if paper else missing
-    spread = f"±{verdict.sd:.1g}" if verdict.sd is not None else ""
-    return f"{show(verdict.ours)}{spread}{MARKS.get(verdict.state, '')}{paper}"
+    digits = verdict.paper.decimals if verdict.paper is not None else None
+    ours = show(verdict.ours) if digits is None else f"{verdict.ours:.{digits}f}"
+    spread = ""
+    if verdict.sd is not None:
+        wide = digits is not None and verdict.sd >= 10.0**-digits
+        spread = f"±{verdict.sd:.{digits}f}" if wide else f"±{verdict.sd:.1g}"
+    return f"{ours}{spread}{MARKS.get(verdict.state, '')}{paper}"
 
 
 def markdown(table: "Table") -> str:
@@ -50,7 +55,7 @@ def markdown(table: "Table") -> str:
         lines.append("|---" + "|---:" * len(table.nfe) + "|")
         for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", "missing"):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
-        notes = [f"{label}: {show(value)}" for label, value in table.context[metric].items()]
+        notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
         if any(v.paper for v in table.verdicts(metric).values()):
             notes.append("in brackets the paper's; * beyond the tolerance, † proxy of fewer images, – not run")
         parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))

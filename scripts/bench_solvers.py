@@ -39,7 +39,7 @@ from evodiff.solvers.dpm_solver_v3 import DPMSolverV3, Statistics
 
 NFE = 10
 IMAGE = (3, 32, 32)
-OFFICIAL, AS_RUN = "official EVODiff: solver", "official EVODiff: with its model wrapper"
+OFFICIAL, AS_RUN = "official EVODiff, solver alone", "official EVODiff, with its model wrapper"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
@@ -260,9 +260,9 @@ def headline(part: dict[str, Any]) -> list[str]:
         for name in (OFFICIAL, AS_RUN):
             if name in rows:
                 lines.append(
-                    f"In {dtype} `evodiff` takes {ours['seconds'] / rows[name]['seconds']:.2f} of the time of the "
-                    f"{name} and moves {ours['moved']:g} images per step where that moves {rows[name]['moved']:g}; "
-                    f"the results differ by {rows[name]['difference from evodiff']:.0e} (relative)."
+                    f"In {dtype} `evodiff` takes {ours['seconds'] / rows[name]['seconds']:.2f} of the time of `{name}` "
+                    f"and moves {ours['moved']:g} images per step, that {rows[name]['moved']:g}; the results differ by "
+                    f"{rows[name]['difference from evodiff']:.0e}, for its times are float32."
                 )
     return [" ".join(lines)]
 

@@ -1,10 +1,9 @@
-"""The figures of docs/method.md and the numbers behind them: docs/figures/*.svg and method.json. Part of `make docs`."""
+"""The figures of docs/method.md, and the numbers behind them: docs/figures/*.svg and method.json."""
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +109,8 @@ class Weights(EVODiff):
     """EVODiff that keeps the mean eta and zeta of each correction, found from the weights that it puts on the images:
     unit / zeta (1 - eta) R on the newest change, and -(unit / zeta eta / R + gain) r1 on the one before."""
 
+    kept: list[Numbers]
+
     def correct(self, span: Any, step: Step, r1: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
         w = super().correct(span, step, r1, gain)
         unit, R = 0.5 * step.t.sigma * inverse_kappa_step(step), log_ratio(step)
@@ -125,7 +126,7 @@ def weights(model: Pretrained, nfe: int, samples: int = 64) -> list[Numbers]:
     solver = Weights()
     object.__setattr__(solver, "kept", [])
     start(model, solver, nfe, samples, integrate)
-    return solver.kept  # type: ignore[attr-defined]
+    return solver.kept
 
 
 def start(model: Pretrained, solver: Any, nfe: int, samples: int, then: Callable[..., Any]) -> Any:
@@ -184,7 +185,8 @@ def draw_one_step(found: Numbers) -> plt.Figure:
     axes[0].plot(*picture["path"][0], "k.", ms=10)
     axes[0].annotate("x at s", picture["path"][0], xytext=(6, 4), textcoords="offset points", fontsize=9)
     axes[0].plot(*picture["path"][-1], "k*", ms=11, label="exact x at t")
-    axes[0].set(title="one step in the plane", aspect="equal")
+    axes[0].set(title="one step in the plane")
+    axes[0].set_aspect("equal", adjustable="datalim")
     for i, name in enumerate(("DDIM", "probe", "corrected")):
         axes[0].plot(*picture[name], MARKERS[i], color=COLOURS[i], ms=8, label=name)
         line = [row["distance"][name] for row in found["steps"]]
@@ -210,21 +212,32 @@ def draw_weights(found: Numbers) -> plt.Figure:
 
 def draw_traces(found: Numbers) -> plt.Figure:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.6))
-    panels = {"variance": "variance of the image given x", "entropy": "entropy of the next state, nats per pixel"}
-    panels["distance"] = "distance of D from the final image"
+    panels = {
+        "variance": "variance of the image given x, over DDIM's",
+        "entropy": "entropy of the next state less DDIM's, nats",
+        "distance": "distance of D from the final image",
+    }
     for line, (model, solvers) in zip(axes, found.items(), strict=True):
         for axis, (name, title) in zip(line, panels.items(), strict=True):
             for i, (solver, rows) in enumerate(solvers.items()):
                 kappas = [row["kappa"] for row in rows]
                 style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 4, "label": solver}
-                axis.plot(kappas, [row[name] for row in rows], **style)
+                axis.plot(kappas, beside_ddim(name, rows, solvers["ddim"]), **style)
                 if f"exact_{name}" in rows[0]:
-                    axis.plot(kappas, [row[f"exact_{name}"] for row in rows], ":", color=COLOURS[i], lw=2)
+                    exact = beside_ddim(f"exact_{name}", rows, solvers["ddim"])
+                    axis.plot(kappas, exact, ":", color=COLOURS[i], lw=2)
             axis.set(xscale="log", xlabel="kappa", title=f"{model}: {title}")
             axis.title.set_size(9)
             axis.invert_xaxis()
-        line[0].set_yscale("log")
     return finished(figure, axes.flatten())
+
+
+def beside_ddim(name: str, rows: list[Numbers], ddim: list[Numbers]) -> list[float]:
+    """A column of the trace: variance over that of DDIM, entropy less that of DDIM, distance as it is."""
+    pairs = [(row[name], other[name]) for row, other in zip(rows, ddim, strict=True)]
+    if name.endswith("variance"):
+        return [ours / theirs for ours, theirs in pairs]
+    return [ours - theirs if name.endswith("entropy") else ours for ours, theirs in pairs]
 
 
 def finished(figure: plt.Figure, axes: Any) -> plt.Figure:
@@ -244,7 +257,7 @@ def main(folder: Path = FIGURES) -> int:
     for name, draw in drawn.items():
         figure = draw(found[name])
         with whole_file(folder / f"{name}.svg") as temporary:
-            partial(figure.savefig, metadata={"Date": None})(temporary)
+            figure.savefig(temporary, metadata={"Date": None})
         plt.close(figure)
     return 0
 

@@ -146,6 +146,17 @@ def test_flags_of_other_schedulers_name_spacings(flags, spacing):
     assert [node.t for node in scheduler._nodes.all] == pytest.approx(spacing.times(6, SCHEDULE, 1.0, 1e-3))
 
 
+def test_beta_sigmas_are_those_of_diffusers():
+    pytest.importorskip("scipy")
+    config = {"use_beta_sigmas": True, "final_sigmas_type": "zero"}
+    theirs, ours = diffusers.UniPCMultistepScheduler(**config), EVODiffScheduler(**config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+    kappas = [node.kappa for node in ours._nodes.all]
+    theirs_kappas = theirs.sigmas[:-1]
+    assert torch.allclose(torch.tensor(kappas), theirs_kappas, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["leading", "trailing"])
 def test_leading_and_trailing_are_those_of_diffusers(kind):
     theirs = diffusers.DPMSolverMultistepScheduler(timestep_spacing=kind, steps_offset=1)
@@ -193,6 +204,31 @@ def test_flows_begin_below_1_and_are_shifted():
     assert scheduler.timesteps.tolist() == pytest.approx([750, 500])
 
 
+@pytest.mark.parametrize("shift", ["exponential", "linear"])
+def test_flow_pipelines_set_the_times_that_they_set_with_their_own_scheduler(shift):
+    from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
+
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=shift)
+    ours = EVODiffScheduler.from_config(theirs.config)
+    sigmas = torch.linspace(1.0, 0.125, 8).tolist()
+    (expected, _), (timesteps, n) = (retrieve_timesteps(s, sigmas=sigmas, mu=1.2) for s in (theirs, ours))
+    assert n == 8
+    assert torch.allclose(timesteps[1:], expected[1:], rtol=1e-5) and timesteps[0] == 999
+    x, z, t = noise().float(), noise(range(3, 6)).float(), expected[3][None]
+    assert torch.allclose(ours.scale_noise(x, t, z), theirs.scale_noise(x, t, z), atol=1e-5)
+
+
+def test_balanced_differences_are_wrong_where_the_first_steps_of_a_flow_are_long():
+    x, flow = noise(range(32)), {"prediction_type": "flow_prediction"}
+    truth = loop(SolverScheduler(solver="unipc_3", **flow), x, 200)
+    error = {}
+    for name, fields in (("ddim", {}), ("evodiff", {}), ("plain", {"balance": False})):
+        solver = "ddim" if name == "ddim" else "evodiff"
+        out = loop(SolverScheduler(solver=solver, solver_fields=fields, **flow), x, 5)
+        error[name] = (out - truth).square().mean().sqrt()
+    assert error["plain"] < error["ddim"] < 0.5 * error["evodiff"]
+
+
 VP_SCHEDULERS = (
     "DDPM DDIM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete DPMSolverMultistep "
     "DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver LCM DDIMInverse"
@@ -226,7 +262,7 @@ def test_any_schedulers_configuration_gives_a_sampler_of_its_process(name):
         ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01}, "noise schedule of ScoreSdeVeScheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
         ({"prediction_type": "score"}, "prediction_type=score does not exist; possible: epsilon"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid is not known here"),
+        ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not known here"),
         ({"timestep_spacing": "log"}, "timestep_spacing=log does not exist; possible: linspace"),
         ({"solver_fields": {"moo": 1}}, "solver=evodiff has no field moo"),
         ({"prediction_type": "sample", "sigma_data": 0.5}, "prediction_type=sample with sigma_data"),
@@ -238,7 +274,7 @@ def test_configurations_that_cannot_be_right_are_refused(config, message):
 
 
 def test_betas_are_those_of_diffusers():
-    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
         theirs = diffusers.DDPMScheduler(beta_schedule=kind)
         ours = EVODiffScheduler.from_config(theirs.config)
         assert torch.allclose(ours.betas, theirs.betas, rtol=2e-4, atol=1e-7)
@@ -268,6 +304,17 @@ def test_used_again_it_gives_the_same():
     first = loop(scheduler, x)
     loop(scheduler, noise(range(5, 8)), 5)
     assert torch.equal(loop(scheduler, x), first)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ts_ddim"])
+def test_steps_stay_on_the_device_of_the_sample(name):
+    """A tensor of another device anywhere in a step would raise."""
+    scheduler = SolverScheduler(solver=name, thresholding=True, dynamic_thresholding_ratio=0.9)
+    scheduler.set_timesteps(5, device="meta")
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    for i in range(5):
+        x = scheduler.step(torch.empty_like(x), float(scheduler.process.timestep(scheduler._nodes.all[i].t)), x)[0]
+    assert x.device.type == scheduler.timesteps.device.type == "meta"
 
 
 def test_samples_do_not_depend_on_their_batch():

@@ -84,11 +84,11 @@ def test_a_last_sigma_of_0_is_one_evaluation():
         calls.append(sigma[0].item())
         return model(x, sigma)
 
-    out = k_diffusion.sample_evodiff(counted, start(), torch.tensor([*TIMES, 0.0]).double(), disable=True)
+    out = k_diffusion.sample_evodiff(counted, start(), torch.tensor([*TIMES, 0.0], dtype=torch.float64), disable=True)
     assert calls == TIMES
     expected = integrate(EVODiff(), MIXTURE, start(), TimeGrid.at(TIMES, SCHEDULE), denoise_final=True)
     assert torch.allclose(out, expected, atol=1e-12)
-    alone = k_diffusion.sample_evodiff(model, start(), torch.tensor([TIMES[0], 0.0]).double(), disable=True)
+    alone = k_diffusion.sample_evodiff(model, start(), torch.tensor([TIMES[0], 0.0], dtype=torch.float64), disable=True)
     assert torch.equal(alone, model(start(), torch.full((3,), TIMES[0])))
 
 

@@ -88,6 +88,12 @@ def test_half_a_digit_is_the_papers_last_one():
     assert paper("51").rounding == 0.5
 
 
+def test_numbers_have_the_decimals_of_their_table():
+    """The file says 3.5; the table it is from has two decimals."""
+    v3 = matching(read("cifar10_edm"), {"source": "DPM-Solver-v3", "table": "Table 1", "method": "DPM-Solver-v3"})
+    assert (v3[8].value, v3[8].rounding) == ("3.50", 0.005)
+
+
 def test_the_least_of_three_is_compared_with_the_least_of_three():
     p = paper("1.97", variant="training config F; min of 3 FID runs")
     v = verdict(2.0, 1.98, 2.02, p=p)

@@ -126,7 +126,7 @@ def with_papers(small, tmp_path_factory, monkeypatch):
     published.read.cache_clear()
     small(rows, **changes).make()
     measured = small(rows, **changes).verdicts("mse@250")["DDIM", 5].mean
-    (folder / "smoke.csv").write_text(PAPERS.format(ddim=repr(measured * 1.001)))
+    (folder / "smoke.csv").write_text(PAPERS.format(ddim=f"{measured:.3f}"))
     published.read.cache_clear()
     yield lambda *overrides: small(rows, *overrides, **changes)
     published.read.cache_clear()
@@ -146,10 +146,10 @@ def test_a_cell_is_the_mean_of_its_runs_beside_the_paper(with_papers, results):
         for line in csv.DictReader((results / "tables" / "smoke" / "table.csv").open())
     }
     line = lines["DDIM", "6", "mse@250"]
-    assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.99", "read-from-figure", "2")
+    assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.990", "read-from-figure", "2")
     assert float(line["difference"]) == pytest.approx(float(line["value"]) - 9.99)
     assert lines["EVODiff", "6", "rmse@250"]["paper"] == ""
-    for page, mark in (("table.md", "* (9.99)"), ("table.tex", "* (9.99)"), ("report.html", "<small>9.99</small>")):
+    for page, mark in (("table.md", "* (9.990)"), ("table.tex", "* (9.990)"), ("report.html", "<small>9.990</small>")):
         assert mark in (results / "tables" / "smoke" / page).read_text()
     assert "Trained" in (results / "tables" / "smoke" / "report.html").read_text()  # published only
 
@@ -167,7 +167,7 @@ def test_a_table_without_runs_shows_the_papers(with_papers, results):
     table = with_papers("limit=5")
     table.write()
     text = (results / "tables" / "smoke-5" / "table.md").read_text()
-    assert re.search(r"\| DDIM \| – \([\d.]+\) \| – \(9.99\) \|", text)
+    assert re.search(r"\| DDIM \| – \([\d.]+\) \| – \(9.990\) \|", text)
     assert "0 of 6 runs done" in text
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
+from evodiff.errors import ConfigError
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 
-SCHEDULES = [EDM(), LinearVP(), CosineVP(), DiscreteVP.linear()]
+SCHEDULES = [EDM(), Flow(), LinearVP(), CosineVP(), DiscreteVP.linear()]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -19,7 +20,7 @@ def test_t_at_inverts_lam(schedule, part):
     assert schedule.t_at(schedule.node(t).lam) == pytest.approx(t, rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:])
+@pytest.mark.parametrize("schedule", SCHEDULES[2:])
 @given(part=st.floats(0, 1))
 def test_vp_preserves_variance(schedule, part):
     node = schedule.node(schedule.t_end + part * (schedule.t_start - schedule.t_end))
@@ -61,6 +62,14 @@ def test_discrete_vp_is_linear_in_log_alpha_between_its_times():
 def test_discrete_vp_refuses_what_does_not_fall():
     with pytest.raises(ValueError, match="strictly falling"):
         DiscreteVP((-0.1, -0.1))
+
+
+def test_a_flow_is_straight_and_its_ends_are_left_out():
+    node = Flow().node(0.25)
+    assert (node.alpha, node.sigma) == (0.75, 0.25)
+    for t in (0.0, 1.0):
+        with pytest.raises(ConfigError, match="outside the times of a flow"):
+            Flow().node(t)
 
 
 def test_edm_kappa_is_time():

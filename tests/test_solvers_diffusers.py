@@ -3,6 +3,7 @@
 import pytest
 
 from evodiff.solvers.ddim import DDIM
+from evodiff.solvers.score_sde import PredictorCorrector
 from evodiff.verify import schedulers
 
 
@@ -13,6 +14,7 @@ def test_agrees_with_diffusers(name):
     assert same_nfe
 
 
-def test_the_comparison_can_fail(monkeypatch):
-    monkeypatch.setitem(schedulers.SOLVERS, "ddim_0.5", (DDIM(eta=0.51), 1e-11))
-    assert schedulers.repeat("ddim_0.5")[0] > 1e-4
+@pytest.mark.parametrize(("name", "wrong"), [("ddim_0.5", DDIM(eta=0.51)), ("pc", PredictorCorrector(snr=0.161))])
+def test_the_comparison_can_fail(monkeypatch, name, wrong):
+    monkeypatch.setitem(schedulers.SOLVERS, name, (wrong, 0))
+    assert schedulers.repeat(name)[0] > 1e-4

@@ -1,9 +1,12 @@
 """Sweeps: no job ends another, failures are counted and logged, and the same command runs only what is missing."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from sweep_jobs import meet, obey, pid_or_nothing
@@ -12,9 +15,11 @@ from evodiff import launchers
 from evodiff.config import compose_hydra
 from evodiff.errors import ConfigError
 from evodiff.launchers import Died, Processes, Ray, Submitit
+from evodiff.paths import ROOT
 from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
+HOWTO = ROOT / "docs/howto"
 ABRUPT = ["abort", "exit", "kill"]
 
 
@@ -56,7 +61,8 @@ for i in range(last + 1):
     env = os.environ | {{"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": str(i), "SLURM_JOB_ID": str(100 + i)}}
     env |= {{f"SLURM_{{k}}": v for k, v in zip(("NTASKS", "NNODES", "PROCID", "LOCALID", "NODEID"), "11000")}}
     env |= {{"SLURM_JOB_NODELIST": "here"}}
-    subprocess.Popen(["sh", "-c", f'bash -c "$1"; echo $? > {folder}/{{i}}.code', "sh", script], env=env, stdout=-3, stderr=-3)
+    command = ["sh", "-c", f'bash -c "$1"; echo $? > {folder}/{{i}}.code', "sh", script]
+    subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 print("Submitted batch job 42")
 """
 SRUN = """#!/bin/sh
@@ -203,3 +209,29 @@ def test_the_same_sweep_again_runs_only_what_is_missing(evodiff_command, results
     assert sorted(second.splitlines()) == sorted(first.splitlines())
     assert (folder / "log.txt").read_text().count("# model=mixture") == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def console_blocks():
+    """The commands of the how-to pages that need nothing but this project."""
+    for name in ("cluster", "wandb"):
+        for needs, block in re.findall(
+            r"(<!-- needs: \w+ -->\n)?```console\n(.*?)```", (HOWTO / f"{name}.md").read_text(), re.S
+        ):
+            if not needs:
+                yield from (pytest.param(line, id=line[:40]) for line in block.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [*console_blocks()])
+def test_what_the_pages_show_runs(tmp_path, line):
+    if "wandb" in line:
+        pytest.importorskip("wandb")
+    here = os.environ | {"EVODIFF_RESULTS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    here["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{here['PATH']}"
+    if line.startswith("evodiff wandb push"):
+        subprocess.run("evodiff table smoke", shell=True, env=here, cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(line, shell=True, env=here, cwd=ROOT, capture_output=True, text=True)
+    failures = 1 if "heun" in line else 0  # at nfe=5, as the page says
+    assert done.returncode == failures, done.stderr
+    assert list(tmp_path.rglob("score.json"))
+    assert not failures or "Heun cannot spend exactly nfe=5" in done.stderr

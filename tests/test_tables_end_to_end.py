@@ -1,4 +1,4 @@
-"""Tables of papers from `evodiff fetch --from` to report.html, on reduced networks in the layouts of the published files.
+"""Tables of papers from `evodiff fetch --from` to report.html, on reduced networks in the layouts of published files.
 
 Their arguments are put in the place of the published ones in a copy of the manifest; their hashes are left out.
 """
@@ -116,9 +116,8 @@ def mirror(tmp_path, monkeypatch):
     score_module.reference_of.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "name", ["cifar10_edm", *(pytest.param(n, marks=pytest.mark.slow) for n in TABLES if n != "cifar10_edm")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
 def test_a_table_from_fetch_to_report(name, mirror, results, capsys):
     put, use_manifest = mirror
     made = {**TABLES[name], "inception": write_random_inception}

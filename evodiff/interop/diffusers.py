@@ -168,9 +168,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
         `sigmas` falls; it is sigma / alpha, of flows sigma itself. Of n + 1 values the last is where the last step
         ends, 0 meaning that the last evaluation is the result; for flows, n values as pipelines give them, moved by
-        `flow_shift`. `mu`: a flow shift of exp(mu) for this call. Raises ConfigError.
+        `flow_shift`. `mu`: a flow shift of exp(mu) for this call, or with time_shift_type="linear" of mu. Raises
+        ConfigError.
         """
-        shift = self.config["flow_shift"] if mu is None else math.exp(mu)
+        shift = self.config["flow_shift"]
+        if mu is not None:
+            shift = mu if self.config.get("time_shift_type") == "linear" else math.exp(mu)
         self._restart(choose_nodes(self.config, self.process, num_inference_steps, timesteps, sigmas, shift))
         evaluated = self._nodes.evaluated
         steps = [self.process.timestep(node.t) for node in evaluated]
@@ -188,7 +191,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """The step whose timestep is nearest."""
-        return int((self.timesteps.cpu() - float(timestep)).abs().argmin())
+        known = [self.process.timestep(node.t) for node in self._nodes.evaluated]
+        return min(range(len(known)), key=lambda i: abs(known[i] - float(timestep)))
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The network's input; with EDM's preconditioning it is the state, scaled."""
@@ -208,7 +212,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         )
         return alpha.view(-1, *per_sample) * original_samples + sigma.view(-1, *per_sample) * noise
 
-    scale_noise = add_noise
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` by the name and in the order of flow-matching pipelines."""
+        return self.add_noise(sample, noise, timestep)
 
     def step(
         self,

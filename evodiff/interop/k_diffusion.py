@@ -25,7 +25,7 @@ from evodiff.interop import images
 from evodiff.noise import Noise
 from evodiff.progress import progress
 from evodiff.sampling import integrate
-from evodiff.schedule import EDM, Node
+from evodiff.schedule import EDM, Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
 
 Model = Callable[..., Tensor]
@@ -119,12 +119,13 @@ class _Model:
         self,
         model: Model,
         like: Tensor,
-        schedule: EDM,
+        schedule: NoiseSchedule,
         extra_args: Mapping[str, Any],
         callback: Callback | None,
         advance: Callable[[int], None] | None,
     ):
-        self.model, self.like, self.schedule, self.extra_args = model, like, schedule, extra_args
+        self.model, self.like, self.extra_args = model, like, extra_args
+        self.schedule: NoiseSchedule = schedule
         self.callback, self.advance = callback, advance
         self.step, self.announced = 0, True
         self.sigma = self.sigma_next = like.new_tensor(schedule.t_start)

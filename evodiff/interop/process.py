@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from evodiff.errors import ConfigError
@@ -171,8 +172,11 @@ def discrete_vp(config: Mapping[str, Any]) -> DiscreteVP:
         betas = scaled_linear_betas(*ends, n)
     elif kind == "squaredcos_cap_v2":
         betas = cosine_betas(n)
+    elif kind == "sigmoid":
+        steps = torch.linspace(-6, 6, n, dtype=torch.float64)
+        betas = (ends[0] + (ends[1] - ends[0]) * steps.sigmoid()).tolist()
     else:
-        possible = "linear, scaled_linear, squaredcos_cap_v2, or trained_betas"
+        possible = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"
         raise ConfigError(f"beta_schedule={kind} is not known here; possible: {possible}.")
     schedule = DiscreteVP.from_betas(betas, t_end=1 / len(betas))
     if config["rescale_betas_zero_snr"]:

@@ -77,7 +77,7 @@ class PNDM(Solver):
 
 @dataclass(frozen=True)
 class PLMS(Solver):
-    """As in latent diffusion (arXiv 2112.10752): an improved Euler step, then Adams-Bashforth 2, 3 and 4 from then on."""
+    """As in latent diffusion (arXiv 2112.10752): an improved Euler step, then Adams-Bashforth 2, 3, 4, 4, ..."""
 
     @property
     def global_order(self) -> float:

@@ -1,7 +1,8 @@
 """Records runs of the schedulers of the library diffusers: `python tests/golden/diffusers/record.py` writes runs.npz.
 
 Their tables of alpha are replaced by ours in float64, so that results can be compared to rounding. Each run stops at
-timestep 0: what the schedulers do after it is their own convention.
+timestep 0: what the schedulers do after it is their own convention. The predictor-corrector runs on one image, for the
+scheduler takes its norms over the batch.
 """
 
 from pathlib import Path
@@ -10,19 +11,11 @@ import diffusers
 import numpy as np
 import torch
 
-from evodiff.models.analytic import GaussianMixture
-from evodiff.schedule import DiscreteVP
+from evodiff.schedule import EDM
+from evodiff.verify.schedulers import SCHEDULE, mixture
 
 STEPS = 10
-SCHEDULE = DiscreteVP.linear()
 TABLE = torch.tensor(SCHEDULE.log_alphas, dtype=torch.float64).mul(2).exp()
-
-
-def mixture() -> GaussianMixture:
-    random = torch.Generator().manual_seed(0)
-    means = 2 * torch.rand(3, 1, 2, 2, generator=random, dtype=torch.float64) - 1
-    stds = torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64)
-    return GaussianMixture(means, stds, torch.full_like(stds, 1 / 3), SCHEDULE)
 
 
 SCHEDULERS = {
@@ -83,6 +76,35 @@ def run(name: str) -> dict[str, np.ndarray]:
     }
 
 
+def run_predictor_corrector() -> dict[str, np.ndarray]:
+    """Score-SDE's on its variance-exploding schedule, whose times are sigma: `times` in place of timesteps."""
+    scheduler = diffusers.ScoreSdeVeScheduler(num_train_timesteps=STEPS, snr=0.16, sigma_min=0.01, sigma_max=50.0)
+    scheduler.set_timesteps(STEPS)
+    scheduler.set_sigmas(STEPS)
+    scheduler.discrete_sigmas = scheduler.discrete_sigmas.double()
+    sigmas = scheduler.discrete_sigmas.flip(0).tolist()
+    denoise = mixture(EDM())
+    x = 50.0 * torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draw, replay = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    start, nfe, noise = x, 0, []
+    for t, sigma in zip(scheduler.timesteps.tolist()[:-1], sigmas, strict=False):
+        for correct in (True, False):
+            score = (denoise(x, EDM().node(sigma)) - x) / sigma**2
+            nfe += 1
+            dtype = torch.float32 if correct else torch.float64
+            noise.append(torch.randn(x.shape, generator=replay, dtype=dtype).double())
+            step = scheduler.step_correct(score, x, draw) if correct else scheduler.step_pred(score, t, x, draw)
+            x = step.prev_sample
+    return {
+        "start": start.numpy(),
+        "end": x.numpy(),
+        "times": np.array(sigmas),
+        "noise": torch.stack(noise).numpy(),
+        "nfe": np.array(nfe),
+    }
+
+
 if __name__ == "__main__":
-    arrays = {f"{name}/{key}": value for name in SCHEDULERS for key, value in run(name).items()}
+    runs = {name: run(name) for name in SCHEDULERS} | {"pc": run_predictor_corrector()}
+    arrays = {f"{name}/{key}": value for name, one in runs.items() for key, value in one.items()}
     np.savez_compressed(Path(__file__).with_name("runs.npz"), **arrays, version=np.array(diffusers.__version__))

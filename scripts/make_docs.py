@@ -1,0 +1,201 @@
+"""Writes the generated pages of docs/: results.md from the records, api/ from the package, measured parts of others.
+
+`python scripts/make_docs.py --check` only compares, and exits with 1 if a page is not current.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evodiff import text
+from evodiff.api import named_solver
+from evodiff.config import choices, compose
+from evodiff.files import whole_file
+from evodiff.paths import RESULTS, ROOT
+from evodiff.report import SHOWN, Table
+from evodiff.verify import orders
+
+DOCS = ROOT / "docs"
+METHOD = DOCS / "figures" / "method.json"
+BEGIN, END = "<!-- measured: {} -->", "<!-- end of measured -->"
+
+API = {
+    "index": ("From Python", ["api", "models.wrap", "plugins", "interop", "errors"]),
+    "sampling": (
+        "Schedules, grids, the loop",
+        ["schedule", "grid", "denoiser", "guidance", "noise", "sampling", "trace", "gits", "ems"],
+    ),
+    "solvers": ("Solvers", ["solvers"]),
+    "models": ("Models and checkpoints", ["models", "checkpoints", "training", "data"]),
+    "metrics": ("Metrics", ["metrics"]),
+    "experiments": ("Runs, tables, the command line", [""]),
+}
+"""Page of docs/api: title, and the modules on it, by the beginning of their names; the first page that fits has one."""
+
+
+def modules() -> list[str]:
+    """All modules below evodiff, by name without it, packages that say nothing left out."""
+    package = ROOT / "evodiff"
+    paths = [path for path in sorted(package.rglob("*.py")) if path.read_text().strip()]
+    names = [".".join(path.relative_to(package).with_suffix("").parts) for path in paths]
+    return [name.removesuffix(".__init__") for name in names if name != "__init__"]
+
+
+def api_pages() -> dict[str, str]:
+    left, found = modules(), {}
+    for page, (title, beginnings) in API.items():
+        own = [name for start in beginnings for name in left if start in ("", name) or name.startswith(f"{start}.")]
+        left = [name for name in left if name not in own]
+        entries = "\n".join(f"::: evodiff.{name}\n" for name in own)
+        found[f"api/{page}.md"] = f"# {title}\n\n{entries}"
+    return found
+
+
+RESULTS_TOP = """\
+# Results
+
+This page is made from the records in `results/tables/` by `make docs`: each number is that of a `score.json`, which
+names the run, its seeds, the protocol, the sha256 of every file used, the device and the versions. The interactive page
+of a table is its `report.html`. How to read the columns is told in [the tutorial](tutorial.md#read-a-table), and what a
+protocol is in [Protocols](protocols.md).
+"""
+
+
+def results_page() -> str:
+    parts = [RESULTS_TOP]
+    for name in choices("table"):
+        folder = RESULTS / "tables" / name
+        if name not in ("demo", "smoke") and (folder / "records").is_dir():
+            parts.append(section(Table.from_config(compose("table", [f"table={name}"]))))
+    return "\n".join(parts)
+
+
+def section(table: Table) -> str:
+    """One table: the columns that have records, eight of them at most, and who leads by which metric."""
+    done = {nfe for _, nfe, _ in table.records}
+    shown = {nfe for nfe in done if len(done) <= 8 or nfe in SHOWN}
+    rows = {name: replace(row, nfe=tuple(n for n in row.nfe if n in shown)) for name, row in table.rows.items()}
+    part = replace(table, rows=rows)
+    folder = Path("../results/tables") / table.name
+    lines = [f"## {table.title}\n", text.markdown(part)]
+    lines += [f"- {leaders(part, metric)}" for metric in part.metrics if text.best(part, metric)]
+    lines.append("")
+    if left := len(done - shown):
+        lines.append(f"{left} more columns are in `results/tables/{table.name}/table.md`.\n")
+    for metric in part.metrics:
+        if (ROOT / "results/tables" / table.name / f"{table.stem(metric)}.png").exists():
+            lines.append(f"![{metric} against NFE]({folder}/{table.stem(metric)}.png)\n")
+    return "\n".join(lines)
+
+
+def leaders(table: Table, metric: str) -> str:
+    """`rmse@10000` is best at NFE 5 with A, at NFE 8 and 10 with B."""
+    by_row: dict[str, list[int]] = {}
+    for row, nfe in sorted(text.best(table, metric), key=lambda place: place[1]):
+        by_row.setdefault(row, []).append(nfe)
+    told = [f"{row} (NFE {', '.join(map(str, budgets))})" for row, budgets in by_row.items()]
+    return f"`{metric}` is best with {'; '.join(told)}."
+
+
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "EVODiff, released": ("evodiff", {}),
+    "EVODiff, Euler end": ("evodiff", {"final": "euler"}),
+    "EVODiff, formulas of the paper": ("evodiff_paper", {"lower_order_final": False}),
+    "EVODiff, formulas of the paper, zeta = 1": ("evodiff_paper", {"lower_order_final": False, "zeta": 1.0}),
+    "DPM-Solver++ 2M": ("dpmpp_2m", {"lower_order_final": False}),
+    "DPM-Solver++ 3M, released": ("dpmpp_3m", {"lower_order_final": False}),
+    "UniP-3: 3M with the whole of D2": ("unipc_3", {"lower_order_final": False, "corrector": False}),
+}
+"""Whose convergence docs/reproduces.md shows."""
+
+
+def convergence(steps: Iterable[int] = (32, 128, 512)) -> str:
+    steps = list(steps)
+    lines = ["| rule | schedule | " + " | ".join(f"{n} steps" for n in steps) + " |", "|---|---" + "|---:" * 3 + "|"]
+    for label, (name, fields) in RULES.items():
+        solver = named_solver(name, **fields)
+        for schedule in orders.SCHEDULES:
+            errors = " | ".join(f"{orders.error(solver, schedule, n):.1e}" for n in steps)
+            lines.append(f"| {label} | {schedule} | {errors} |")
+    return "\n".join(lines)
+
+
+def weights() -> str:
+    """What docs/figures/weights.svg shows, as ranges over the steps."""
+    found = json.loads(METHOD.read_text())["weights"]
+    lines = ["| NFE | eta | zeta | (1 - 2 eta) / zeta |", "|---:|---:|---:|---:|"]
+    for nfe, rows in found.items():
+        columns = ([row[key] for row in rows] for key in ("eta", "zeta", "of_second_order"))
+        lines.append(f"| {nfe} | " + " | ".join(f"{min(c):.2f} to {max(c):.2f}" for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def one_step() -> str:
+    """What the right half of docs/figures/one_step.svg shows."""
+    found = json.loads(METHOD.read_text())["one_step"]["steps"]
+    lines = ["| from kappa | to kappa | DDIM | probe | corrected |", "|---:|---:|---:|---:|---:|"]
+    for row in found:
+        distances = " | ".join(f"{d:.3f}" for d in row["distance"].values())
+        lines.append(f"| {row['kappa']:.3g} | {row['kappa_next']:.3g} | {distances} |")
+    return "\n".join(lines)
+
+
+def traces() -> str:
+    """The last and the largest points of docs/figures/traces.svg."""
+    found = json.loads(METHOD.read_text())["traces"]
+    lines = [
+        "| model | solver | least variance over DDIM's | least entropy less DDIM's | last distance |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for model, solvers in found.items():
+        for solver, rows in solvers.items():
+            pairs = list(zip(rows, solvers["ddim"], strict=True))
+            variance = min(row["variance"] / other["variance"] for row, other in pairs)
+            entropy = min(row["entropy"] - other["entropy"] for row, other in pairs)
+            lines.append(f"| {model} | {solver} | {variance:.2f} | {entropy:.3f} | {rows[-1]['distance']:.4f} |")
+    return "\n".join(lines)
+
+
+MEASURED: dict[str, dict[str, Callable[[], str]]] = {
+    "method.md": {"one step": one_step, "weights": weights, "traces": traces},
+    "reproduces.md": {"convergence": convergence},
+}
+"""Parts of pages between `<!-- measured: NAME -->` and `<!-- end of measured -->`."""
+
+
+def filled(page: str, parts: Mapping[str, Callable[[], str]]) -> str:
+    """A page with its measured parts as they are now."""
+    content = (DOCS / page).read_text()
+    for name, measure in parts.items():
+        before, begin, rest = content.partition(f"{BEGIN.format(name)}\n")
+        _, end, after = rest.partition(END)
+        assert begin and end, f"docs/{page} has no part called {name}"
+        content = f"{before}{begin}\n{measure()}\n\n{end}{after}"
+    return content
+
+
+def current(name: str) -> str:
+    """What one generated page should hold; api pages, results.md and those of MEASURED."""
+    if name in MEASURED:
+        return filled(name, MEASURED[name])
+    return results_page() if name == "results.md" else api_pages()[name]
+
+
+NAMES = ("results.md", *(f"api/{page}.md" for page in API), *MEASURED)
+
+
+def main(argv: list[str]) -> int:
+    wrong = [name for name in NAMES if not (DOCS / name).exists() or (DOCS / name).read_text() != current(name)]
+    for name in wrong:
+        if "--check" not in argv:
+            with whole_file(DOCS / name) as temporary:
+                temporary.write_text(current(name))
+        print(f"docs/{name} {'is not current: make docs' if '--check' in argv else 'written'}")
+    return int(bool(wrong) and "--check" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""evodiff.sample: the images of `evodiff run`, and an answer to what cannot be."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import evodiff
+import evodiff.api
+from evodiff.api import named_solver
+from evodiff.denoiser import Counting
+from evodiff.errors import BudgetError, ConfigError
+from evodiff.experiment import Job, sample_run, store_of
+from evodiff.grid import Karras
+from evodiff.guidance import ClassifierFree
+from evodiff.models.analytic import mixture
+from evodiff.schedule import DiscreteVP
+from evodiff.solvers.evodiff import EVODiff
+from evodiff.solvers.heun import Heun
+
+
+def test_the_example_of_the_documentation():
+    assert doctest.testmod(evodiff.api).failed == 0
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, evodiff; assert 'torch' not in sys.modules; assert {'sample', 'wrap'} <= set(dir(evodiff))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["solver=heun", "grid=karras", "nfe=9", "denoise_final=true"],
+        ["solver=sde_dpmpp_2", "threshold=clip", "dtype=float32", "t_end=0.01", "batch=2"],
+    ],
+)
+def test_it_makes_the_images_of_a_run(results, overrides):
+    job = Job.compose(
+        ["model=mixture", "seeds=3-7", "protocol=none", "metrics=[]", "reference_run=null", "device=cpu", *overrides]
+    )
+    assert sample_run(job)
+    run = job.run
+    dtype = getattr(torch, run.dtype)
+    names = {"solver": run.solver["name"], "grid": run.grid["name"], "dtype": dtype}
+    same = {name: getattr(run, name) for name in ("nfe", "denoise_final", "t_start", "t_end", "threshold")}
+    out = evodiff.sample("mixture", seeds=range(3, 8), batch=job.batch, **names, **same)
+    assert torch.equal(out.images, torch.from_numpy(store_of(job).first(5)))
+    assert (out.nfe, out.seeds) == (run.nfe, (3, 4, 5, 6, 7))
+    assert out.x.dtype == dtype
+
+
+def test_objects_do_what_their_names_do():
+    by_name = evodiff.sample("mixture", "heun", 8, range(2), grid="karras")
+    by_object = evodiff.sample(mixture(), Heun(), 8, range(2), grid=Karras())
+    own = Counting(mixture().denoiser(None))
+    by_denoiser = evodiff.sample(own, Heun(), 8, range(2), grid=Karras(), shape=(3, 8, 8))
+    assert torch.equal(by_name.x, by_object.x) and torch.equal(by_name.x, by_denoiser.x)
+    assert own.nfe == 8
+
+
+class Labelled(nn.Module):
+    """Its image is a constant of the class."""
+
+    def forward(self, x, t, y=None):
+        return torch.zeros_like(x) if y is None else (y.view(-1, 1, 1, 1) / 4).expand_as(x)
+
+
+def test_labels_are_drawn_from_the_seeds_or_given():
+    model = evodiff.wrap(Labelled(), shape=(1, 2, 2), predicts="x0", schedule=DiscreteVP.linear(), num_classes=4)
+    given = evodiff.sample(model, "ddim", 3, range(4), labels=[3, 2, 1, 0], batch=3, denoise_final=True)
+    assert given.x[:, 0, 0, 0].tolist() == [0.75, 0.5, 0.25, 0.0]
+    drawn = [evodiff.sample(model, "ddim", 3, range(k, k + 4), denoise_final=True).x[:, 0, 0, 0] for k in (0, 2)]
+    assert torch.equal(drawn[0][2:], drawn[1][:2]) and len(set(drawn[0].tolist())) > 1
+    guided = evodiff.sample(model, "ddim", 3, range(2), labels=[1, 2], guidance=ClassifierFree(0.5), denoise_final=True)
+    assert guided.x[:, 0, 0, 0].tolist() == pytest.approx([0.125, 0.25])
+    with pytest.raises(ConfigError, match="2 labels for 3 seeds of a model with 4 classes"):
+        evodiff.sample(model, seeds=range(3), labels=[1, 2])
+
+
+def test_torchs_own_random_numbers_are_left_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    evodiff.sample("mixture", "sde_dpmpp_2", 3, range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "mixtur"}, "model=mixtur does not exist. Did you mean mixture?"),
+        ({"solver": "evodif"}, "solver=evodif does not exist. Did you mean evodiff?"),
+        ({"grid": "loksnr"}, "grid=loksnr does not exist. Did you mean logsnr?"),
+        ({"threshold": "clipped"}, "threshold=clipped does not exist; possible: none, clip, dynamic"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"model": nn.Conv2d(1, 1, 1)}, "make a model of it: evodiff.wrap"),
+        ({"model": lambda x, node: x}, "Make a model of it: evodiff.wrap"),
+        ({"model": Counting(mixture().denoiser(None))}, "give shape="),
+        ({"labels": [1] * 16}, "16 labels for 16 seeds of a model with 0 classes"),
+    ],
+)
+def test_what_cannot_be_is_answered(arguments, message):
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        evodiff.sample(**{"model": "mixture", **arguments})
+
+
+def test_a_budget_that_cannot_be_spent_names_the_nearest():
+    with pytest.raises(BudgetError, match="Nearest: nfe=9 or 11"):
+        evodiff.sample("mixture", "heun", 10, range(2), denoise_final=True)
+
+
+def test_named_solvers_take_other_fields():
+    assert named_solver("evodiff", final="euler") == EVODiff(final="euler")
+    with pytest.raises(ConfigError, match="solver=evodiff has no field fianl. Possible: lower_order_final, final,"):
+        named_solver("evodiff", fianl="euler")
