@@ -99,6 +99,8 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
                 "torchrun shares one run among its processes; for a sweep choose a hydra/launcher instead."
             )
         return sweep(action, overrides)
+    if any(text.startswith(("hydra/launcher", "hydra.launcher")) for text in overrides):
+        raise ConfigError("hydra/launcher says where the jobs of a sweep run; add -m to sweep.")
     compose("run", overrides)  # misspelt keys get our message, not Hydra's
     failed = False
 

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -92,13 +93,22 @@ def essential(config: Any) -> Any:
     if isinstance(config, Mapping):
         defaults: Mapping[str, inspect.Parameter] = {}
         if "_target_" in config:
-            defaults = inspect.signature(hydra.utils.get_object(config["_target_"])).parameters
+            defaults = inspect.signature(_imported(config["_target_"])).parameters
         return {
             key: essential(value)
             for key, value in config.items()
             if key not in defaults or _plain(defaults[key].default) != _plain(value)
         }
     return [essential(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _imported(target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(
+            f"{target} cannot be imported ({e}). Install its package, or name its folder in PYTHONPATH."
+        ) from e
 
 
 def _plain(value: Any) -> Any:

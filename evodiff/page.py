@@ -135,14 +135,15 @@ def _papers_only(table: "Table") -> list[str]:
     grouped: dict[tuple[str, ...], list[str]] = {}
     for p in found:
         value = p.value if p.nfe is None else f"{p.value}&#8239;@{p.nfe}"
-        grouped.setdefault((p.model, p.method, p.variant, p.metric, p.cite, p.confidence), []).append(value)
-    rows = [[*map(_text, about), ", ".join(values)] for about, values in grouped.items()]
+        about = (p.method, p.variant, p.metric, p.cite, p.confidence, p.model)
+        grouped.setdefault(about, []).append(value)
+    rows = [[*map(_text, about[:2]), ", ".join(values), *map(_text, about[2:])] for about, values in grouped.items()]
     return [
         "<h2>Published only</h2><p>Numbers without a cell above: trained or searched methods, settings that are not "
-        "stated, other networks of the same data.</p>",
+        "stated, other networks of the same data, other ways of scoring.</p>",
         _details(
             f"{len(found)} numbers",
-            _rows(["network", "method", "variant", "metric", "source", "confidence", "value @NFE"], rows),
+            _rows(["method", "variant", "value @NFE", "metric", "source", "confidence", "network"], rows),
         ),
     ]
 
@@ -156,7 +157,8 @@ def _protocol(table: "Table") -> list[str]:
     ]
     run = next(iter(table.jobs.values())).run.as_dict()
     facts += [(key, run[key]) for key in ("model", "guidance", "noise", "dtype", "rounding", "threshold")]
-    facts += [("seeds", ", ".join(sorted({f"{j.run.seeds[0]}-{j.run.seeds[1]}" for j in table.jobs.values()})))]
+    seeds = sorted({job.run.seeds for job in table.jobs.values()})
+    facts += [("seeds", ", ".join(f"{first}-{last}" for first, last in seeds))]
     made_by = sorted({", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in records})
     made_on = sorted({r.device for r in records})
     facts += [("versions", "; ".join(made_by) or "–"), ("device", "; ".join(made_on) or "–")]
@@ -210,7 +212,7 @@ td.best {{ font-weight: 700; }} td small {{ display: block; color: #777; font-we
 td.ok, .chip.ok {{ background: #e7f4e8; }} td.off, .chip.off {{ background: #fbe3dd; }}
 td.proxy, .chip.proxy {{ background: #fdf3d6; }} td.missing {{ color: #999; }} .chip.missing {{ background: #eee; }}
 .chip {{ padding: .15rem .6rem; border-radius: 1rem; margin-right: .5rem; font-size: .85rem; background: #eef; }}
-table.facts td, table.facts th {{ text-align: left; }}
+table.facts td, table.facts th {{ text-align: left; white-space: normal; }}
 table.facts code {{ white-space: normal; word-break: break-word; }}
 code {{ font-size: .8rem; }} summary {{ cursor: pointer; }}
 figure {{ margin: 1rem 0; }} img {{ max-width: 100%; height: auto; }}

@@ -95,7 +95,7 @@ def save_curves(
     title: str = "",
 ) -> None:
     """One line per method over NFE, logarithmic, with its confidence; papers' points are hollow; `lines` are levels."""
-    figure, axis = plt.subplots(figsize=(7, 4.4) if len(curves) <= 10 else (10, 6))
+    figure, axis = plt.subplots(figsize=(7, 4.4) if len(curves) <= 10 else (10, max(6, 0.21 * len(curves))))
     for i, (label, curve) in enumerate(curves.items()):
         nfes, colour, marker = sorted(curve.values), COLOURS[i % 10], MARKERS[i % 10]
         style = STYLES[i // 10 % len(STYLES)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff import pages, text
+from evodiff import inputs, pages, text
 from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError
@@ -126,12 +126,19 @@ class Table:
     def make(self) -> int:
         """Sample and score what is missing, write the pages and print the table.
 
-        A failing cell does not end the others; its reason is printed and the exit code is 1.
+        A failing cell does not end the others; its reason is printed and the exit code is 1. What cells read and can be
+        computed (statistics of the model, searched grids) is made first, though not for a trial.
         """
         todo: list[tuple[str, Job, Run | None]] = [(f"{r}, NFE {n}", job, None) for (r, n, _), job in self.jobs.items()]
         todo += [("reference run", job, run) for job, run in self.references.values()]
         failures: dict[str, list[str]] = {}
         failed: set[int] = set()
+        for missing in inputs.missing_inputs(self) if self.limit is None else ():
+            try:
+                if missing.argv:
+                    inputs.make(missing)
+            except EvodiffError as e:
+                failures.setdefault(str(e), []).append(missing.what)
         for stage in (_sample, score_run):
             for i, (label, job, run) in enumerate(todo):
                 try:

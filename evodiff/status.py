@@ -3,18 +3,16 @@ commands of a cell."""
 
 import argparse
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, compose, nearest
 from evodiff.errors import ConfigError
-from evodiff.experiment import Run
+from evodiff.inputs import missing_inputs
 from evodiff.paths import RESULTS, ROOT
 from evodiff.published import STATES
 from evodiff.report import Table
@@ -57,7 +55,7 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
 
 
 def missing_files(table: Table) -> Iterator[str]:
-    """What is not here of the weights, the reference, and what a run reads besides; with how to get each."""
+    """What is not here of the weights, the reference, and what runs read besides; with how to get each."""
     entries, made = needs.of_table(table.config)
     for entry in map(find, entries):
         if not entry.path.is_file():
@@ -67,28 +65,7 @@ def missing_files(table: Table) -> Iterator[str]:
     for path in made:
         if not path.is_file():
             yield f"reference {path.relative_to(ROOT)}: `evodiff stats build`"
-    model = [o for o in table.base if o.startswith("model")]
-    yield from dict.fromkeys(text for job in table.jobs.values() for text in _of_run(job.run, shlex.join(model)))
-
-
-def _of_run(run: Run, model: str) -> Iterator[str]:
-    """Files outside the registry that one run reads; `model` are the overrides that choose the table's."""
-    statistics = run.solver.get("statistics") or {}
-    if (folder := statistics.get("folder")) and not _here(folder):
-        size = re.search(r"-(\d+)-(\d+)(?:-(1e-\d))?$", folder)
-        how = [f"nodes={size[1]}", f"samples={size[2]}", *([f"t_end={size[3]}"] if size[3] else [])] if size else []
-        yield f"statistics {folder}: `evodiff stats ems {model} {' '.join([*how, f'out={folder}'])}`"
-    if run.grid["name"] == "file" and not _here(run.grid["path"]):
-        yield f"grid {run.grid['path']}: `evodiff gits {model} steps=4-25 out={run.grid['path']}`"
-    if (prompts := run.model.get("prompts")) and not _here(prompts):
-        yield f"prompts {prompts}: a text file with one prompt per line"
-    pipeline = str(run.model.get("pipeline", ""))
-    if pipeline.startswith("checkpoints/") and not _here(pipeline):
-        yield f"model {pipeline}: a folder that diffusers reads (model_index.json)"
-
-
-def _here(path: str) -> bool:
-    return Path(path).exists() or (ROOT / path).exists()
+    yield from (f"{missing.what}: {missing.how}" for missing in missing_inputs(table))
 
 
 def cost(table: Table) -> str:

@@ -37,13 +37,14 @@ class Action:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one job: the line to show. False if it failed."""
+    """What became of one job: the line to show, and whether it failed. False if its process cannot be trusted since."""
 
     text: str
     failed: bool = False
+    unexpected: bool = False
 
     def __bool__(self) -> bool:
-        return not self.failed
+        return not self.unexpected
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
@@ -73,13 +74,12 @@ def _values(overrides: Sequence[str]) -> list[list[str]]:
 
 def sweep(action: Action, overrides: Sequence[str]) -> int:
     """Do `action` for every combination of the overrides; returns the number of failures, at most MOST."""
-    own = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
-    settings = compose_hydra("run", own)
-    swept = [f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()]
-    swept += [text for text in overrides if text not in own]
+    for_hydra = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
+    launcher = build(compose_hydra("run", for_hydra).launcher)
+    swept = [text for text in overrides if text not in for_hydra]
     for one in first_of_each(swept):
         compose("run", one)
-    return launch(action, combinations(swept), build(settings.launcher))
+    return launch(action, combinations(swept), launcher)
 
 
 def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
@@ -90,11 +90,11 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
     todo, failures = [], []
 
     def tell(overrides: list[str], outcome: Outcome) -> None:
-        if outcome:
-            print(outcome.text, flush=True)
-        else:
+        if outcome.failed:
             failures.append(" ".join(overrides))
             print(f"evodiff: {outcome.text} [{' '.join(overrides)}]", file=sys.stderr, flush=True)
+        else:
+            print(outcome.text, flush=True)
 
     for overrides in jobs:
         outcome = _already(action, overrides)
@@ -143,7 +143,8 @@ def work(do: Callable[[Job], str], overrides: list[str]) -> Outcome:
             return Outcome(str(e), failed=True)
         except BaseException as e:  # sys.exit as well: it ends one run, not the sweep
             traceback.print_exc()
-            return Outcome(f"{' '.join(f'{type(e).__name__}: {e}'.split())} (traceback in {log})", failed=True)
+            said = " ".join(f"{type(e).__name__}: {e}".split())
+            return Outcome(f"{said} (traceback in {log})", failed=True, unexpected=True)
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def markdown(table: "Table") -> str:
     for metric in table.metrics:
         lines = [f"| {metric} | " + " | ".join(f"NFE {n}" for n in table.nfe) + " |"]
         lines.append("|---" + "|---:" * len(table.nfe) + "|")
-        for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", "missing"):
+        missing = "missing" if table.metric is None else "–"
+        for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
         if any(v.paper for v in table.verdicts(metric).values()):

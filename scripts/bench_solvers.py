@@ -2,8 +2,9 @@
 `python scripts/bench_solvers.py [--official PATH]` writes results/bench/solvers.json and .md.
 
 The network's answers are recorded noise, handed over at no cost. All solvers take turns, repeat by repeat, so that
-whatever else the machine does falls on all of them; times are medians with quartiles. `moved` counts, whatever the
-machine, the images of the batch that the operations of a step read and write.
+whatever else the machine does falls on all of them; times are medians with quartiles, on a CPU of the processor, not
+of the clock on the wall. `moved` counts, whatever the machine, the images of the batch that the operations of a step
+read and write.
 """
 
 import argparse
@@ -162,13 +163,14 @@ def measure(dtype: torch.dtype, shape: tuple[int, ...], repeats: int, device: st
         if name.startswith("official"):
             rows[name]["difference from evodiff"] = ((out - runs["evodiff"]()).norm() / out.norm()).item()
     times: dict[str, list[float]] = {name: [] for name in runs}
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for _ in range(repeats):
         for name, call in runs.items():
             finished(device)
-            started = time.perf_counter()
+            started = clock()
             call()
             finished(device)
-            times[name].append((time.perf_counter() - started) / steps[name] / shape[0])
+            times[name].append((clock() - started) / steps[name] / shape[0])
     for name, taken in times.items():
         low, median, high = statistics.quantiles(taken, n=4)
         rows[name] |= {"seconds": median, "quartiles": [low, high]}

@@ -31,7 +31,12 @@ from evodiff.trace import trace
 FIGURES = ROOT / "docs" / "figures"
 SCHEDULES: dict[str, NoiseSchedule] = {"EDM": EDM(), "LinearVP": LinearVP(), "CosineVP": CosineVP()}
 SPACINGS: dict[str, Spacing] = {"logsnr": LogSNR(), "karras": Karras(), "time_uniform": TimeUniform()}
-TRACED = ("ddim", "dpmpp_2m", "evodiff")
+TRACED = {
+    "ddim": named_solver("ddim"),
+    "dpmpp_2m": named_solver("dpmpp_2m"),
+    "evodiff": named_solver("evodiff"),
+    "evodiff, final=euler": named_solver("evodiff", final="euler"),
+}
 
 Numbers = dict[str, Any]
 
@@ -141,12 +146,12 @@ def start(model: Pretrained, solver: Any, nfe: int, samples: int, then: Callable
 
 def traces(model: Pretrained, nfe: int = 10, samples: int = 64) -> Numbers:
     found = {}
-    for name in TRACED:
+    for name, solver in TRACED.items():
 
         def traced(solver: Any, denoise: Denoiser, x: Tensor, grid: TimeGrid) -> Any:
             return trace(denoise, solver, grid, x, SeededNoise(range(len(x))))
 
-        rows = start(model, named_solver(name), nfe, samples, traced)
+        rows = start(model, solver, nfe, samples, traced)
         found[name] = [{key: value for key, value in asdict(row).items() if value == value} for row in rows]
     return found
 

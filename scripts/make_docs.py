@@ -10,17 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evodiff import text
+from evodiff import published, text
 from evodiff.api import named_solver
 from evodiff.config import choices, compose
 from evodiff.files import whole_file
 from evodiff.paths import RESULTS, ROOT
-from evodiff.report import SHOWN, Table
+from evodiff.report import Table
 from evodiff.verify import orders
 
 DOCS = ROOT / "docs"
 METHOD = DOCS / "figures" / "method.json"
 BEGIN, END = "<!-- measured: {} -->", "<!-- end of measured -->"
+
+SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
+"""NFE of a table on results.md, where it has more than eight."""
 
 API = {
     "index": ("From Python", ["api", "models.wrap", "plugins", "interop", "errors"]),
@@ -123,6 +126,20 @@ def convergence(steps: Iterable[int] = (32, 128, 512)) -> str:
     return "\n".join(lines)
 
 
+COMPARED = ("EVODiff", "DPM-Solver-v3", "AYS", "GITS")
+"""Sources, by the beginning of their names."""
+
+
+def baselines(nfe: int = 10) -> str:
+    """FID of DPM-Solver++ and UniPC on EDM's CIFAR-10 networks as different papers report it."""
+    lines = [f"| method | variant | FID, NFE {nfe} | source | how known |", "|---|---|---:|---|---|"]
+    for p in published.read("cifar10_edm"):
+        wanted = p.method in ("DPM-Solver++", "UniPC", "EVODiff") and p.source.startswith(COMPARED)
+        if wanted and p.nfe == nfe and p.metric == "FID" and "schedule" not in p.variant and p.variant != "abstract":
+            lines.append(f"| {p.method} | {p.variant or 'not stated'} | {p.value} | {p.cite} | {p.confidence} |")
+    return "\n".join(lines)
+
+
 def weights() -> str:
     """What docs/figures/weights.svg shows, as ranges over the steps."""
     found = json.loads(METHOD.read_text())["weights"]
@@ -144,24 +161,26 @@ def one_step() -> str:
 
 
 def traces() -> str:
-    """The last and the largest points of docs/figures/traces.svg."""
+    """The extreme points of docs/figures/traces.svg."""
     found = json.loads(METHOD.read_text())["traces"]
     lines = [
-        "| model | solver | least variance over DDIM's | least entropy less DDIM's | last distance |",
-        "|---|---|---:|---:|---:|",
+        "| model | solver | entropy | least variance, of DDIM's | least entropy less DDIM's | distance |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for model, solvers in found.items():
         for solver, rows in solvers.items():
             pairs = list(zip(rows, solvers["ddim"], strict=True))
             variance = min(row["variance"] / other["variance"] for row, other in pairs)
             entropy = min(row["entropy"] - other["entropy"] for row, other in pairs)
-            lines.append(f"| {model} | {solver} | {variance:.2f} | {entropy:.3f} | {rows[-1]['distance']:.4f} |")
+            ends = f"{rows[0]['entropy']:.2f} to {rows[-1]['entropy']:.2f}"
+            distance = f"{rows[-1]['distance']:.4f}"
+            lines.append(f"| {model} | {solver} | {ends} | {variance:.2f} | {entropy:.3f} | {distance} |")
     return "\n".join(lines)
 
 
 MEASURED: dict[str, dict[str, Callable[[], str]]] = {
     "method.md": {"one step": one_step, "weights": weights, "traces": traces},
-    "reproduces.md": {"convergence": convergence},
+    "reproduces.md": {"convergence": convergence, "baselines": baselines},
 }
 """Parts of pages between `<!-- measured: NAME -->` and `<!-- end of measured -->`."""
 

@@ -35,6 +35,7 @@ def test_importing_the_package_is_light():
     "overrides",
     [
         [],
+        ["solver=dpmpp_3s", "nfe=10"],
         ["solver=heun", "grid=karras", "nfe=9", "denoise_final=true"],
         ["solver=sde_dpmpp_2", "threshold=clip", "dtype=float32", "t_end=0.01", "batch=2"],
     ],

@@ -91,7 +91,7 @@ def test_killed_at_random_moments(whole, tmp_path_factory):
     """30 runs, each killed at random moments of its sampling and scoring until it survives."""
     folder = tmp_path_factory.mktemp("random")
     kills = serve("random", folder, 30, LARGER)
-    assert sum(kills) >= 30
+    assert min(kills) >= 1
     expected = whole(LARGER)
     for seed in range(30):
         assert without_leftovers(outcome(folder / str(seed))) == expected

@@ -1,12 +1,13 @@
 """The documentation: every block is run as a reader would run it, every link leads somewhere, the site builds.
 
-A page's blocks run from top to bottom in one copy of the project: `sh` by bash, `python` by Python; of `console` what
-follows `$ ` by bash, and the lines below it must be what is printed (numbers to 2 %, `...` is anything). The line above
-a block may hold a mark: `<!-- file: PATH -->` writes the block to PATH, `<!-- needs: THING -->` names what a test
-lacks, `<!-- tested: tests/FILE -->` names the test that runs it, `<!-- output -->` says that it is no input.
+A page's blocks run from top to bottom in one copy of the project: `sh` and `console` by bash, `python` by one Python
+process. Where lines of `console` begin with `$ `, the others must be what is printed (numbers to 2 %, `...` is
+anything). The line above a block may hold a mark: `<!-- file: PATH -->` writes the block to PATH, `<!-- needs: ... -->`
+names what a test lacks, `<!-- output -->` says that it is no input.
 """
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -24,7 +25,14 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 QUICK = ("docs/index.md", "docs/howto/offline.md")
 """Run by `make test`; the others by `make test-all`."""
-NEEDS = {"gpu", "download", "slurm", "account", "minutes", "package"}
+ELSEWHERE = {
+    "README.md": "tests/test_readme.py",
+    "docs/howto/cluster.md": "tests/test_sweeps.py",
+    "docs/howto/wandb.md": "tests/test_sweeps.py",
+}
+"""Pages whose blocks another test runs."""
+EXTRAS = {"docs/howto/diffusers.md": "diffusers"}
+NEEDS = {"gpu", "download", "network", "slurm", "minutes"}
 RUN = ("sh", "console", "python")
 BLOCK = re.compile(r"^(?P<above>[^\n]*)\n```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S)
 MARK = re.compile(r"<!-- (\w+)(?:: (.+?))? -->")
@@ -61,39 +69,42 @@ def test_every_block_is_run_or_says_why_not(page):
     for block in blocks(page):
         if block.mark == "needs":
             assert block.about in NEEDS, block
-        elif block.mark == "tested":
-            assert (ROOT / block.about).is_file(), block
         elif block.mark == "file":
             assert not Path(block.about).is_absolute() and ".." not in Path(block.about).parts, block
         else:
             assert block.mark in (None, "output"), block
-        if block.language == "console":
-            assert block.text.startswith("$ "), block
+
+
+def test_what_is_tested_elsewhere_is():
+    for page, test in ELSEWHERE.items():
+        assert Path(page).stem in (ROOT / test).read_text()
 
 
 def runnable() -> list:
-    pages = [page for page in PAGES if any(block.runs for block in blocks(page))]
+    pages = [page for page in PAGES if any(block.runs for block in blocks(page)) and name(page) not in ELSEWHERE]
     return [pytest.param(page, id=name(page), marks=[] if name(page) in QUICK else pytest.mark.slow) for page in pages]
 
 
 @pytest.mark.parametrize("page", runnable())
 def test_the_blocks_of_a_page_run(page, tmp_path):
+    if extra := EXTRAS.get(name(page)):
+        pytest.importorskip(extra)
     project = copy_of_the_project(tmp_path / "evodiff")
-    for block in blocks(page):
-        if block.mark == "file":
-            (project / block.about).parent.mkdir(parents=True, exist_ok=True)
-            (project / block.about).write_text(block.text)
-        elif block.runs and block.language == "python":
-            done = run(project, sys.executable, "-c", block.text)
-            assert done.returncode == 0, f"{block.text}\n{done.stderr}"
-        elif block.runs and block.language == "sh":
-            done = run(project, "bash", "-euo", "pipefail", "-c", block.text)
-            assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
-        elif block.runs:
-            for command, expected in session(block.text):
-                done = run(project, "bash", "-uo", "pipefail", "-c", command)
-                printed = done.stderr if done.returncode else done.stdout
-                assert same(expected, printed), f"$ {command}\n{printed}"
+    with Python(project) as python:
+        for block in blocks(page):
+            if block.mark == "file":
+                (project / block.about).parent.mkdir(parents=True, exist_ok=True)
+                (project / block.about).write_text(block.text)
+            elif block.runs and block.language == "python":
+                python.run(block.text)
+            elif block.runs and block.text.startswith("$ "):
+                for command, expected in session(block.text):
+                    done = bash(project, command)
+                    printed = done.stderr if done.returncode else done.stdout
+                    assert same(expected, printed), f"$ {command}\n{printed}"
+            elif block.runs:
+                done = bash(project, block.text)
+                assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
 
 
 def copy_of_the_project(project: Path) -> Path:
@@ -111,7 +122,7 @@ def copy_of_the_project(project: Path) -> Path:
     return project
 
 
-def run(project: Path, *command: str) -> subprocess.CompletedProcess:
+def environment(project: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("EVODIFF_")}
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -120,7 +131,49 @@ def run(project: Path, *command: str) -> subprocess.CompletedProcess:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "100",
     }
-    return subprocess.run(command, cwd=project, env=kept | own, capture_output=True, text=True, timeout=600)
+    return kept | own
+
+
+def bash(project: Path, text: str) -> subprocess.CompletedProcess:
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    return subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True, timeout=600)
+
+
+class Python:
+    """A Python process in which the blocks of a page run one after the other."""
+
+    LOOP = """
+import json, sys, traceback
+for line in sys.stdin:
+    error = None
+    try:
+        exec(json.loads(line), vars(sys.modules["__main__"]))
+    except BaseException:
+        error = traceback.format_exc()
+    print(json.dumps({"error": error}), flush=True)
+"""
+
+    def __init__(self, project: Path):
+        command = [sys.executable, "-W", "error::RuntimeWarning", "-c", self.LOOP]
+        pipe, env = subprocess.PIPE, environment(project)
+        self.process = subprocess.Popen(command, cwd=project, env=env, stdin=pipe, stdout=pipe, text=True)
+
+    def run(self, text: str) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(text) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith('{"error": '):
+                error = json.loads(line)["error"]
+                assert error is None, f"{text}\n{error}"
+                return
+        raise AssertionError(f"Python ended in\n{text}")
+
+    def __enter__(self) -> "Python":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
 
 
 def session(text: str) -> list[tuple[str, str]]:
@@ -201,14 +254,38 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all((tmp_path / page).with_suffix(".html").exists() for page in navigation())
 
 
-@pytest.fixture(scope="module")
-def make_docs():
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_generated_pages_are_what_make_docs_writes(make_docs):
-    for path, content in make_docs.pages().items():
-        assert path.read_text() == content, f"{name(path)} is not current: make docs"
+make_docs = script("make_docs")
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page == "reproduces.md")) for page in make_docs.NAMES]
+)
+def test_generated_pages_are_current(page):
+    assert (DOCS / page).read_text() == make_docs.current(page), "make docs"
+
+
+def test_every_module_is_in_the_reference():
+    shown = "".join((DOCS / page).read_text() for page in make_docs.NAMES if page.startswith("api/"))
+    for module in make_docs.modules():
+        assert shown.count(f"::: evodiff.{module}\n") == 1
+
+
+def nearly(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(nearly(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(nearly, a, b))
+    return math.isclose(a, b, rel_tol=0.02, abs_tol=0.002)
+
+
+@pytest.mark.slow
+def test_the_figures_show_what_the_code_does():
+    figures = script("figures_method")
+    assert nearly(json.loads((DOCS / "figures/method.json").read_text()), figures.numbers())

@@ -19,6 +19,7 @@ MIXTURE = GaussianMixture(MEANS, torch.full((4,), 0.1).double(), torch.full((4,)
 SCHEDULE = EDM(20.0, 0.05)
 TIMES = Karras().times(6, SCHEDULE, SCHEDULE.t_start, SCHEDULE.t_end)
 SIGMAS = torch.tensor(TIMES, dtype=torch.float64)
+GRID = TimeGrid.at(SIGMAS.float().tolist(), SCHEDULE)
 NAMES = choices("solver")
 
 
@@ -133,6 +134,11 @@ def test_the_model_and_the_caller_see_the_dtype_of_x(dtype):
 
     out = k_diffusion.sample_evodiff(watched, start().to(dtype), SIGMAS.float(), disable=True)
     assert seen == {dtype} and out.dtype == dtype
+    in_float32 = integrate(EVODiff(), lambda x, node: model(x, x.new_full((3,), node.sigma)), start().float(), GRID)
+    if dtype == torch.float32:
+        assert torch.equal(out, in_float32)
+    else:  # two digits fewer in the network's input, not in the steps
+        assert torch.allclose(out.float(), in_float32, atol=1e-2)
 
 
 def test_other_shapes():

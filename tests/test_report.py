@@ -12,6 +12,7 @@ from PIL import Image
 from evodiff import published, text
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
+from evodiff.inputs import missing_inputs
 from evodiff.plots import mosaic, save_grid
 from evodiff.report import Table
 from evodiff.text import show
@@ -191,6 +192,21 @@ def test_a_command_makes_its_cell(small, evodiff_command):
     assert words[:2] == ["evodiff", "run"] and "t_end=0.01" in words
     assert evodiff_command(*words[1:])[0] == 0
     assert ("DDIM", 5, 0) in table.records and ("DDIM", 6, 0) not in table.records
+
+
+def test_what_cells_read_is_computed_first(small, results, tmp_path):
+    """A searched grid and the statistics of the model; a trial does not compute them."""
+    grid, folder = tmp_path / "grid.json", tmp_path / "ems-4-8"
+    rows = {
+        "DDIM": {"run": ["solver=ddim", "grid=file", f"grid.path={grid}"]},
+        "v3": {"run": ["solver=dpm_v3", f"solver.statistics={{_target_:evodiff.ems.load,folder:{folder}}}"]},
+    }
+    assert [m.what for m in missing_inputs(small(rows))] == [f"grid {grid}", f"statistics {folder}"]
+    assert small(rows, "limit=8").make() == 1
+    assert not grid.exists() and not folder.exists()
+    assert small(rows).make() == 0
+    assert len(small(rows).records) == 4 and missing_inputs(small(rows)) == []
+    assert json.loads((folder / "ems.json").read_text())["samples"] == 8
 
 
 def test_a_trajectory_ends_with_the_sample(small):

@@ -148,6 +148,12 @@ def test_combinations_are_hydras():
     assert first_of_each(["a=1,2,3", "b=4,5"]) == [["a=1", "b=4"], ["a=2", "b=5"], ["a=3", "b=5"]]
 
 
+def test_a_launcher_without_a_sweep_is_refused(evodiff_command):
+    code, _, err = evodiff_command("run", *MIXTURE, "hydra/launcher=joblib")
+    assert code == 1
+    assert "add -m to sweep" in err
+
+
 def misbehave(job):
     """What an action may do to a sweep: NFE 5 works, 6 raises, 7 exits, 8 is killed."""
     print("at work")

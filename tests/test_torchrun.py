@@ -143,13 +143,14 @@ def in_a_thread(function):
     return found[0]
 
 
-def test_other_ranks_sample_the_reference_too_and_score_nothing(results, monkeypatch):
+def test_other_ranks_sample_the_reference_too_and_are_silent(results, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     job = Job.compose(MIXTURE)
     assert commands.sample_and_score(job) == ""
     assert store_of(job).missing() == store_of(job, job.reference_run).missing() == []
     assert not list(results.rglob("score.json"))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_sweep_under_torchrun_is_refused(evodiff_command, monkeypatch):

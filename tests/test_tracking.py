@@ -6,6 +6,8 @@ import struct
 import numpy as np
 import pytest
 
+import evodiff.experiment
+import evodiff.report
 from evodiff import tracking
 from evodiff.dashboard import report
 from evodiff.errors import ConfigError
@@ -202,3 +204,18 @@ def test_a_report_is_defined_where_wandb_workspaces_is_installed():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="tracker.mode=ofline does not exist; possible: offline, online, disabled"):
         WandB(mode="ofline")
+
+
+def test_push_without_a_table_says_how(evodiff_command):
+    for argv in (["wandb"], ["wandb", "push"], ["wandb", "pull", "smoke"]):
+        code, out, err = evodiff_command(*argv)
+        assert (code, out) == (1, "")
+        assert "usage: evodiff wandb push TABLE" in err
+
+
+def test_push_without_records_says_what_makes_them(evodiff_command, tmp_path, monkeypatch):
+    for module in (evodiff.experiment, evodiff.report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    code, _, err = evodiff_command("wandb", "push", "smoke")
+    assert code == 1
+    assert "table smoke has no records yet. `evodiff table smoke` makes them." in err

@@ -196,12 +196,36 @@ def zero_terminal_snr(log_alphas: Sequence[float]) -> tuple[float, ...]:
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration of another diffusers scheduler means without saying so. Raises ConfigError."""
-    name = str(config.get("_class_name", ""))
+    """The configuration of another diffusers scheduler, with what it means without saying so. Raises ConfigError.
+
+    A scheduler's own defaults describe its process too; diffusers alone would put ours in their place.
+    """
+    name = config.get("_class_name", "this scheduler")
     if config.get("invert_sigmas"):
         raise ConfigError(f"{name} with invert_sigmas counts its times the other way round, which is not known here.")
-    if name.startswith("FlowMatch"):
-        return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
-    if name.endswith("Scheduler") and not {"beta_schedule", "trained_betas", "sigma_data"} & config.keys():
+    meant = {key: config[key] for key in OF_THE_PROCESS if key in config}
+    if config.get("sigma_data") is not None:
+        meant |= {"use_karras_sigmas": config.get("sigma_schedule", "karras") == "karras"}
+        meant |= {"use_exponential_sigmas": config.get("sigma_schedule") == "exponential"}
+    elif "shift" in config:  # only flow matching has it, and names itself nowhere else
+        meant |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
+        meant |= {"_class_name": config.get("_class_name", "FlowMatchEulerDiscreteScheduler")}  # whose keys these are
+    elif "beta_schedule" not in config and {"_class_name", "_use_default_values"} & config.keys():
         raise ConfigError(f"the noise schedule of {name} is not known here; possible: VP (betas), flow matching, EDM.")
-    return {}
+    defaults = [key for key in config.get("_use_default_values", ()) if key not in meant]
+    return {**config, **meant, "_use_default_values": defaults}
+
+
+OF_THE_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "sigma_data",
+    "sigma_min",
+    "sigma_max",
+)
+"""The arguments that describe the process, as far as a scheduler has them."""

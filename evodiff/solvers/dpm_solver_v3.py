@@ -105,8 +105,7 @@ class DPMSolverV3(Multistep):
         """f = (sigma eps - l x) / alpha = (1 - l) x / alpha - D."""
         if self.statistics is None:
             return -D
-        l = self.statistics.l_at(node.lam).to(x)  # noqa: E741
-        return combine(((1 - l) / node.alpha, x), (-1.0, D))
+        return combine((weight_of_x(self.statistics, node, x.device, x.dtype), x), (-1.0, D))
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         return self.update(step, past[::-1][: self.order_at(step)], self.p_pseudo)
@@ -145,6 +144,12 @@ class DPMSolverV3(Multistep):
                 f"statistics cover half-log-SNRs {low:.4g} to {high:.4g}, but the grid runs from {first:.4g} to "
                 f"{last:.4g}: set t_start and t_end inside, or compute others with `evodiff stats ems`"
             )
+
+
+@lru_cache(maxsize=256)
+def weight_of_x(statistics: Statistics, node: Node, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1 - l) / alpha at a node; kept, for every batch asks."""
+    return ((1 - statistics.l_at(node.lam)) / node.alpha).to(device, dtype)
 
 
 @lru_cache(maxsize=256)

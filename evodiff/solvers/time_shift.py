@@ -73,7 +73,7 @@ class TimeShift(Solver):
         nodes = self.shifted(x, step) if step.i else [step.s] * len(x)
         alpha, sigma = (column([getattr(node, name) for node in nodes], x) for name in ("alpha", "sigma"))
         x = x * ((alpha**2 + sigma**2) / (step.s.alpha**2 + step.s.sigma**2)).sqrt()  # 1 on VP schedules
-        eps = (x - alpha * at_each(denoise, x, nodes)) / sigma
+        eps = torch.addcmul(x, alpha, at_each(denoise, x, nodes), value=-1).div_(sigma)
         if self.method == "ddim":
             return transfer(x, eps, nodes, step.t), past
         past = (eps, *past)[:4]
@@ -109,7 +109,7 @@ def at_each(denoise: Denoiser, x: Tensor, nodes: Sequence[Node]) -> Tensor:
 def transfer(x: Tensor, eps: Tensor, nodes: Sequence[Node], t: Node) -> Tensor:
     """DDIM from each image's node to t along eps."""
     alpha, kappa = (column([getattr(node, name) for node in nodes], x) for name in ("alpha", "kappa"))
-    return t.alpha * (x / alpha + (t.kappa - kappa) * eps)
+    return combine((t.alpha / alpha, x), (t.alpha * (t.kappa - kappa), eps))
 
 
 def column(values: Sequence[float], x: Tensor) -> Tensor:

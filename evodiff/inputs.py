@@ -1,0 +1,65 @@
+"""What a table's runs read besides weights and references: model statistics, searched grids, prompts, pipelines."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from evodiff.experiment import Run
+from evodiff.paths import ROOT
+
+if TYPE_CHECKING:
+    from evodiff.report import Table
+
+
+class Missing(NamedTuple):
+    """A file or folder that is not here, how to get it, and the arguments of `evodiff` that make it, if it can."""
+
+    what: str
+    how: str
+    argv: tuple[str, ...] = ()
+
+
+def missing_inputs(table: "Table") -> list[Missing]:
+    """In the order of the rows, each once."""
+    model = [override for override in table.base if override.startswith("model")]
+    return list(dict.fromkeys(m for cell in table.cells.values() for m in _of_run(cell.jobs[0].run, model)))
+
+
+def make(missing: Missing) -> None:
+    """Compute it. Raises EvodiffError."""
+    from evodiff import ems, gits
+
+    {"stats": lambda argv: ems.main(argv[1:]), "gits": gits.main}[missing.argv[0]](list(missing.argv[1:]))
+
+
+def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
+    """`model` are the overrides that choose the table's."""
+    folder = (run.solver.get("statistics") or {}).get("folder")
+    if folder and not here(folder):
+        what = f"statistics {folder}"
+        # the name says how many: NODES-SAMPLES, and the end time where it is not the schedule's
+        size = re.search(r"-(\d+)-(\d+)(?:-(1e-\d))?$", folder)
+        if run.guidance["name"] != "none" or size is None:
+            yield Missing(what, "l.npz and sb.npz of the guided model, as released with DPM-Solver-v3")
+        else:
+            end = [f"t_end={size[3]}"] if size[3] else []
+            argv = ("stats", "ems", *model, f"nodes={size[1]}", f"samples={size[2]}", *end, f"out={ROOT / folder}")
+            yield Missing(what, _command(argv), argv)
+    if run.grid["name"] == "file" and not here(run.grid["path"]):
+        argv = ("gits", *model, "steps=4-25", f"out={run.grid['path']}")
+        yield Missing(f"grid {run.grid['path']}", _command(argv), argv)
+    if (prompts := run.model.get("prompts")) and not here(prompts):
+        yield Missing(f"prompts {prompts}", "a text file with one prompt per line")
+    pipeline = str(run.model.get("pipeline", ""))
+    if pipeline.startswith("checkpoints/") and not here(pipeline):
+        yield Missing(f"model {pipeline}", "a folder that diffusers reads (model_index.json)")
+
+
+def here(path: str) -> bool:
+    return Path(path).exists() or (ROOT / path).exists()
+
+
+def _command(argv: tuple[str, ...]) -> str:
+    return f"`{shlex.join(['evodiff', *argv])}`"
