@@ -36,8 +36,8 @@ Function = Callable[[Any], Any]
 class Processes:
     """`n_jobs` processes on this machine, each with a GPU of its own where there are any.
 
-    A process takes one job after the other; after a job that went wrong, a fresh one takes its place, for a CUDA error
-    outlives the job that caused it.
+    A process takes one job after the other; after one whose result is false a fresh process takes its place, for an
+    error of CUDA outlives the job that caused it.
     """
 
     n_jobs: int | None = None

@@ -188,7 +188,7 @@ def draw_one_step(found: Numbers) -> plt.Figure:
     picture = found["picture"]
     axes[0].plot(*zip(*picture["path"], strict=True), color="#555555", lw=1.5, label="exact path")
     axes[0].plot(*picture["path"][0], "k.", ms=10)
-    axes[0].annotate("x at s", picture["path"][0], xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes[0].annotate("x at s", picture["path"][0], xytext=(-12, 8), textcoords="offset points", fontsize=9)
     axes[0].plot(*picture["path"][-1], "k*", ms=11, label="exact x at t")
     axes[0].set(title="one step in the plane")
     axes[0].set_aspect("equal", adjustable="datalim")
@@ -204,7 +204,7 @@ def draw_one_step(found: Numbers) -> plt.Figure:
 
 def draw_weights(found: Numbers) -> plt.Figure:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    titles = {"eta": "eta", "zeta": "zeta", "of_second_order": "(1 - 2 eta) / zeta: 1 would be second order"}
+    titles = {"eta": "eta", "zeta": "zeta", "of_second_order": "(1 - 2 eta) / zeta, 1 for second order"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for i, (nfe, rows) in enumerate(found.items()):
             kappas, values = [row["kappa"] for row in rows], [row[name] for row in rows]

@@ -26,7 +26,7 @@ SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
 """NFE of a table on results.md, where it has more than eight."""
 
 API = {
-    "index": ("From Python", ["api", "models.wrap", "plugins", "interop", "errors"]),
+    "index": ("Reference", ["api", "models.wrap", "plugins", "interop", "errors"]),
     "sampling": (
         "Schedules, grids, the loop",
         ["schedule", "grid", "denoiser", "guidance", "noise", "sampling", "trace", "gits", "ems"],
