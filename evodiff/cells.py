@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evodiff.errors import ConfigError
-from evodiff.experiment import Job
 from evodiff.published import Published
+from evodiff.run import Job
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from evodiff.config import build, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import Job, current_record, sample_run, score_run, store_of
+from evodiff.experiment import current_record, sample_run, score_run
 from evodiff.paths import CONFIGS
 from evodiff.record import Record
+from evodiff.run import Job, store_of
 from evodiff.sweeps import Action, launch, sweep
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import os
 import sys
 import time
 
-from evodiff.experiment import Job, Run, sample_run, store_of
+from evodiff.experiment import sample_run
+from evodiff.run import Job, Run, store_of
 from evodiff.store import SampleStore
 
 POLL = 1.0

@@ -30,6 +30,7 @@ from evodiff.verify import orders, schedulers
 from evodiff.verify import solvers as released
 
 PAGE = ROOT / "docs" / "solvers.md"
+STEPS = 8  # of the runs whose evaluations are counted
 
 REPLAYED = {"quadrature", "orders", "inner", "statistics", "p_pseudo", "use_corrector", "c_pseudo", "lower_order_final"}
 """Fields that a recorded run sets by its own options, to repeat the released sampler call for call."""
@@ -195,14 +196,14 @@ def evaluations(solver: Solver, steps: int, guidance: bool = False) -> int:
 def nfe_per_step(solver: Solver) -> str:
     if solver.adaptive:
         return "6 (+1)"
-    first, second = evaluations(solver, 20), evaluations(solver, 21)
+    first, second = evaluations(solver, STEPS), evaluations(solver, STEPS + 1)
     per_step = second - first
-    extra = first - 20 * per_step
+    extra = first - STEPS * per_step
     return f"{per_step} ({extra:+d})" if extra else f"{per_step}"
 
 
 def guided(solver: Solver) -> bool:
-    return solver.adaptive or evaluations(solver, 20, guidance=True) == evaluations(solver, 20)
+    return solver.adaptive or evaluations(solver, STEPS, guidance=True) == evaluations(solver, STEPS)
 
 
 def measured_order(solver: Solver) -> str:

@@ -1,229 +1,41 @@
-"""A run, from its configuration to its record: sample_run makes the images, score_run measures them."""
+"""A run made and measured: sample_run makes the images that are missing, score_run measures them."""
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from evodiff.background import OneBehind, one_ahead
 from evodiff.batch_size import automatic, synchronised_clock
-from evodiff.config import build, compose, essential, nearest, parse_range
-from evodiff.denoiser import Clipped, Denoiser, DynamicThreshold
-from evodiff.errors import ConfigError, StoreError
+from evodiff.config import build
+from evodiff.denoiser import THRESHOLDS, Denoiser
+from evodiff.errors import StoreError
 from evodiff.files import whole_file
-from evodiff.grid import TimeGrid, grid_for
+from evodiff.grid import TimeGrid
 from evodiff.metrics.features import Features
-from evodiff.metrics.protocol import Protocol, from_dict
-from evodiff.metrics.score import METRICS, Scorer, files_used
+from evodiff.metrics.score import Scorer, files_used
 from evodiff.models.pretrained import Pretrained
-from evodiff.noise import LegacyNoise, Noise, SeededNoise
-from evodiff.paths import RESULTS
+from evodiff.noise import Noise
 from evodiff.plots import save_grid, save_pngs
-from evodiff.precision import PRECISIONS, prepared
+from evodiff.precision import prepared
 from evodiff.progress import progress
 from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
+from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
 from evodiff.store import SampleStore, Shard
-from evodiff.tracking import Tracker
 
-NOISES = {"seeded": SeededNoise, "legacy": LegacyNoise}
-THRESHOLDS = {"none": lambda denoiser: denoiser, "clip": Clipped, "dynamic": DynamicThreshold}
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-ROUNDINGS = ("round", "truncate")
-SAVES = ("shards", "png", "grid", "none")
-FEATURES_ONLY = ("grid", "none")
-"""Kinds of `save` with which shards hold features in place of images."""
 PREVIEW = 64
 """Images in grid.png."""
 EXTRACTED_AT_ONCE = 250
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that decides the images, and nothing else. Groups are plain dictionaries with the `name` chosen."""
-
-    model: Mapping[str, Any]
-    solver: Mapping[str, Any]
-    grid: Mapping[str, Any]
-    guidance: Mapping[str, Any]
-    nfe: int | None
-    denoise_final: bool
-    t_start: float | None
-    t_end: float | None
-    threshold: str
-    seeds: tuple[int, int]
-    noise: str
-    dtype: str
-    rounding: str
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Run":
-        """From the composed `run.yaml`. Raises ConfigError for values that cannot be run."""
-        content = OmegaConf.to_container(cfg)
-        assert isinstance(content, dict)
-        seeds = parse_range(content["seeds"])
-        for key, known in (
-            ("noise", NOISES),
-            ("threshold", THRESHOLDS),
-            ("dtype", DTYPES),
-            ("rounding", ROUNDINGS),
-            ("precision", PRECISIONS),
-            ("channels_last", (True, False)),
-            ("compile", (True, False)),
-        ):
-            if content[key] not in known:
-                raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(map(str, known))}.")
-        fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "seeds"}
-        return cls(**fields, seeds=(seeds.start, seeds.stop - 1))
-
-    def __post_init__(self) -> None:
-        if self.nfe is not None and (type(self.nfe) is not int or self.nfe < 1):
-            raise ConfigError(f"nfe={self.nfe} is impossible: expected a number of network evaluations, at least 1.")
-
-    @property
-    def seed_range(self) -> range:
-        return range(self.seeds[0], self.seeds[1] + 1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field: what `run.yaml` and the record hold."""
-        return json.loads(json.dumps(asdict(self)))
-
-    def identity(self) -> dict[str, Any]:
-        """Plain JSON types without what only repeats a default: what the key and the manifest are made of."""
-        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
-        return {key: value for key, value in essential(self.as_dict()).items() if defaults[key] != value}
-
-    def key(self) -> str:
-        """`<solver>-nfe<n>-<8 hex>`: the name of the run's folder."""
-        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-        return f"{self.solver['name']}-nfe{self.nfe or 'adaptive'}-{digest[:8]}"
-
-    @property
-    def folder(self) -> Path:
-        return RESULTS / "runs" / self.model["name"] / self.key()
-
-    def plan(self, model: Pretrained) -> tuple[Solver, TimeGrid]:
-        """The solver and the grid of this run on a model. Raises BudgetError if the NFE cannot be spent exactly."""
-        solver: Solver = build(self.solver)
-        if self.nfe is not None:
-            solver = solver.for_budget(self.nfe - self.denoise_final)
-        grid = grid_for(
-            self.nfe,
-            solver,
-            build(self.grid),
-            model.denoiser(None).schedule,
-            denoise_final=self.denoise_final,
-            t_start=self.t_start,
-            t_end=self.t_end,
-        )
-        solver.check(grid, model.shape)
-        return solver, grid
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run and how to do it: what changes neither the images nor the score."""
-
-    run: Run
-    protocol: Protocol | None
-    reference_run: Run | None
-    device: str
-    batch: int | Literal["auto"]
-    shard: int
-    save: str
-    metrics: tuple[str, ...]
-    tracker: Tracker
-
-    @property
-    def scored(self) -> tuple[str, ...]:
-        """The metrics that are taken from features."""
-        return tuple(name for name in self.metrics if name in METRICS)
-
-    @property
-    def keeps_states(self) -> bool:
-        """Whether shards hold the states before rounding, several times the size of the images."""
-        return self.reference_run is not None
-
-    @classmethod
-    def compose(cls, overrides: list[str]) -> "Job":
-        return cls.from_config(compose("run", overrides), overrides)
-
-    @classmethod
-    def from_config(cls, cfg: DictConfig, overrides: list[str]) -> "Job":
-        run = Run.from_config(cfg)
-        for key, words in (("batch", ("auto",)), ("shard", ())):
-            if cfg[key] not in words and (type(cfg[key]) is not int or cfg[key] < 1):
-                or_auto = ", or auto" if words else ""
-                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of images, at least 1{or_auto}.")
-        metrics = metrics_of(cfg)
-        protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
-        if protocol is not None and protocol.rounding != run.rounding:
-            raise ConfigError(
-                f"protocol={cfg.protocol.name} scores images with rounding={protocol.rounding}, but the run asks for "
-                f"rounding={run.rounding}. Set rounding={protocol.rounding}, or choose another protocol."
-            )
-        reference_run = None
-        if cfg.reference_run is not None and not AGAINST_REFERENCE.keys().isdisjoint(metrics):
-            solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
-            kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
-            reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
-        device = device_for(cfg.device)
-        tracker = build(cfg.tracker)
-        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.save, metrics, tracker)
-
-    def with_nfe(self, nfe: int) -> "Job":
-        return replace(self, run=replace(self.run, nfe=nfe))
-
-
-def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
-    """The metrics asked for. Raises ConfigError for unknown ones, and for those that need what `save` does not keep."""
-    if cfg.save not in SAVES:
-        raise ConfigError(
-            f"save={cfg.save} does not exist.{nearest(str(cfg.save), SAVES)} Possible: {', '.join(SAVES)}."
-        )
-    known = [*METRICS, *AGAINST_REFERENCE, *OF_IMAGES]
-    metrics = tuple(cfg.metrics) if OmegaConf.is_list(cfg.metrics) else (cfg.metrics,)
-    for name in metrics:
-        if name not in known:
-            raise ConfigError(f"no metric is called {name}.{nearest(str(name), known)} Possible: {', '.join(known)}.")
-    needing = [name for name in metrics if name not in METRICS and (name in OF_IMAGES or cfg.reference_run is not None)]
-    if cfg.save in FEATURES_ONLY and needing:
-        rest = ",".join(name for name in metrics if name not in needing)
-        raise ConfigError(
-            f"save={cfg.save} keeps no images, and these metrics are taken from images: {', '.join(needing)}. "
-            f"Set metrics=[{rest}], or save=shards."
-        )
-    return metrics
-
-
-def device_for(name: str) -> str:
-    """`auto` is the first accelerator, or the CPU. Raises ConfigError for a device this machine lacks."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ConfigError(f"device={name} is not available here ({str(e).splitlines()[0]}). Use device=auto.") from e
-    return name
-
-
-def store_of(job: Job, run: Run | None = None) -> SampleStore:
-    run = run or job.run
-    return SampleStore(run.folder, run.identity(), run.seed_range, job.shard)
 
 
 def sample_run(job: Job, run: Run | None = None) -> bool:
@@ -237,6 +49,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
     missing = store.missing()
     if not missing:
+        save_preview(run, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
     model = prepared(build(run.model, device=job.device), run.precision, run.channels_last, run.compile)
@@ -257,10 +70,15 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
                     behind(write_shard, run.folder, store, model, shard, claim.pop_all())
     if store.missing():
         return False
-    preview = store.first(PREVIEW)
-    if len(preview):
-        save_grid(run.folder / "grid.png", preview, columns=8)
+    save_preview(run, store)
     return True
+
+
+def save_preview(run: Run, store: SampleStore) -> None:
+    """grid.png of a complete run that has none yet, for its last process may have died before it."""
+    path = run.folder / "grid.png"
+    if not path.exists() and len(preview := store.first(PREVIEW)):
+        save_grid(path, preview, columns=8)
 
 
 def sample_batches(

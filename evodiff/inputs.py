@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from evodiff.experiment import Run
 from evodiff.paths import ROOT
+from evodiff.run import Run
 
 if TYPE_CHECKING:
     from evodiff.report import Table

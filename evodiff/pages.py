@@ -6,10 +6,10 @@ import numpy as np
 
 from evodiff import page, text, trajectory
 from evodiff.errors import EvodiffError
-from evodiff.experiment import store_of
 from evodiff.files import whole_file
 from evodiff.plots import save_curves, save_sample_sheet
 from evodiff.record import Record
+from evodiff.run import store_of
 
 if TYPE_CHECKING:
     from evodiff.report import Table

@@ -14,12 +14,13 @@ from evodiff import inputs, pages, text
 from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import Job, Run, sample_run, score_run
+from evodiff.experiment import sample_run, score_run
 from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
 from evodiff.plots import Curve
 from evodiff.published import Published, Verdict, matching, read, unmatched
 from evodiff.record import Record
+from evodiff.run import Job, Run
 from evodiff.tracking import Tracker
 
 PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}

@@ -6,8 +6,8 @@ from typing import Any
 
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
-from evodiff.experiment import device_for
 from evodiff.models.pretrained import Pretrained
+from evodiff.run import device_for
 
 
 def parse(

@@ -17,8 +17,8 @@ from hydra.errors import HydraException
 
 from evodiff.config import build, compose, compose_hydra
 from evodiff.errors import EvodiffError
-from evodiff.experiment import Job, Run
 from evodiff.launchers import Died
+from evodiff.run import Job, Run
 
 MOST = 100
 """The highest exit code that counts failures; a shell has its own use for those from 126 on."""

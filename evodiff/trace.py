@@ -192,7 +192,7 @@ def draw(path: Path, traces: dict[str, list[Row]]) -> None:
 def main(argv: list[str]) -> int:
     """`evodiff trace model=mixture solver=evodiff,ddim [nfe=10] [seeds=0-63] [probes=4] [out=DIR]`."""
     from evodiff.config import compose, parse_range
-    from evodiff.experiment import Run
+    from evodiff.run import Run
     from evodiff.settings import model_of, parse
 
     defaults = {"solver": "ddim,dpmpp_2m,evodiff", "seeds": "0-63", "probes": 4, "out": None}

@@ -11,11 +11,12 @@ from torch import Tensor
 from evodiff.config import build, essential
 from evodiff.denoiser import Denoiser
 from evodiff.errors import EvodiffError
-from evodiff.experiment import DTYPES, NOISES, Job, denoiser_for, store_of
+from evodiff.experiment import denoiser_for
 from evodiff.files import whole_file
 from evodiff.models.pretrained import Pretrained
 from evodiff.plots import save_trajectories
 from evodiff.precision import prepared
+from evodiff.run import DTYPES, NOISES, Job, store_of
 from evodiff.sampling import generate, to_uint8
 from evodiff.schedule import Node
 

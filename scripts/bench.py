@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import evodiff.experiment
+import evodiff.run
 from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
-from evodiff.experiment import Job, sample_run, score_run
+from evodiff.experiment import sample_run, score_run
 from evodiff.guidance import Classifier
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import frechet_distance
@@ -37,6 +37,7 @@ from evodiff.models.networks import build as build_network
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import RESULTS
 from evodiff.precision import PRECISIONS, prepared
+from evodiff.run import Job
 from evodiff.sampling import generate
 from evodiff.schedule import DiscreteVP
 
@@ -152,15 +153,15 @@ CIFAR = {"name": "edm_cifar10_size", "_target_": "bench.edm_cifar10"}
 
 def whole_run(job: Job) -> None:
     """From nothing to shards, and to a score where there is a protocol, in a folder that is thrown away."""
-    before = evodiff.experiment.RESULTS
+    before = evodiff.run.RESULTS
     with tempfile.TemporaryDirectory() as folder:
-        evodiff.experiment.RESULTS = Path(folder)
+        evodiff.run.RESULTS = Path(folder)
         try:
             assert sample_run(job)
             if job.protocol:
                 score_run(job)
         finally:
-            evodiff.experiment.RESULTS = before
+            evodiff.run.RESULTS = before
 
 
 def official_loop(official: tuple[Any, Any], model: Pretrained, images: int, batch: int, job: Job) -> None:
@@ -329,7 +330,7 @@ def large(device: str, _: Any) -> dict[str, Any]:
 
 def one_large_run(images: int, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        evodiff.experiment.RESULTS = Path(folder)
+        evodiff.run.RESULTS = Path(folder)
         job = Job.compose(["model=mixture", "model.shape=[3,32,32]", f"nfe={NFE}", f"seeds=0-{images - 1}",
                            "protocol=none", "metrics=[contrast]", f"device={device}"])  # fmt: skip
         held = memory("VmRSS")

@@ -8,9 +8,9 @@ import sys
 
 from evodiff.config import compose
 from evodiff.contrast import contrast_matched
-from evodiff.experiment import store_of
 from evodiff.files import whole_file
 from evodiff.report import Table
+from evodiff.run import store_of
 
 if __name__ == "__main__":
     table = Table.from_config(compose("table", [f"table={sys.argv[1]}", *sys.argv[2:]]))

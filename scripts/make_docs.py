@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: results.md from the records, api/ from the package, measured parts of others.
+"""Writes the generated pages of docs/: results.md from the records, and the measured parts of others.
 
 `python scripts/make_docs.py --check` only compares, and exits with 1 if a page is not current.
 """
@@ -24,38 +24,6 @@ BEGIN, END = "<!-- measured: {} -->", "<!-- end of measured -->"
 
 SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
 """NFE of a table on results.md, where it has more than eight."""
-
-API = {
-    "index": ("Reference", ["api", "models.wrap", "plugins", "interop", "errors"]),
-    "sampling": (
-        "Schedules, grids, the loop",
-        ["schedule", "grid", "denoiser", "guidance", "noise", "sampling", "trace", "gits", "ems"],
-    ),
-    "solvers": ("Solvers", ["solvers"]),
-    "models": ("Models and checkpoints", ["models", "checkpoints", "training", "data"]),
-    "metrics": ("Metrics", ["metrics"]),
-    "experiments": ("Runs, tables, the command line", [""]),
-}
-"""Page of docs/api: title, and the modules on it, by the beginning of their names; the first page that fits has one."""
-
-
-def modules() -> list[str]:
-    """All modules below evodiff, by name without it, packages that say nothing left out."""
-    package = ROOT / "evodiff"
-    paths = [path for path in sorted(package.rglob("*.py")) if path.read_text().strip()]
-    names = [".".join(path.relative_to(package).with_suffix("").parts) for path in paths]
-    return [name.removesuffix(".__init__") for name in names if name != "__init__"]
-
-
-def api_pages() -> dict[str, str]:
-    left, found = modules(), {}
-    for page, (title, beginnings) in API.items():
-        own = [name for start in beginnings for name in left if start in ("", name) or name.startswith(f"{start}.")]
-        left = [name for name in left if name not in own]
-        entries = "\n".join(f"::: evodiff.{name}\n" for name in own)
-        found[f"api/{page}.md"] = f"# {title}\n\n{entries}"
-    return found
-
 
 RESULTS_TOP = """\
 # Results
@@ -197,13 +165,11 @@ def filled(page: str, parts: Mapping[str, Callable[[], str]]) -> str:
 
 
 def current(name: str) -> str:
-    """What one generated page should hold; api pages, results.md and those of MEASURED."""
-    if name in MEASURED:
-        return filled(name, MEASURED[name])
-    return results_page() if name == "results.md" else api_pages()[name]
+    """What one of NAMES should hold."""
+    return results_page() if name == "results.md" else filled(name, MEASURED[name])
 
 
-NAMES = ("results.md", *(f"api/{page}.md" for page in API), *MEASURED)
+NAMES = ("results.md", *MEASURED)
 
 
 def main(argv: list[str]) -> int:

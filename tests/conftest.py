@@ -2,15 +2,15 @@
 
 import pytest
 
-import evodiff.experiment
 import evodiff.report
+import evodiff.run
 from evodiff.cli import main
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """An empty results folder instead of the project's own."""
-    for module in (evodiff.experiment, evodiff.report):
+    for module in (evodiff.report, evodiff.run):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))  # for the processes that the command starts
     return tmp_path

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import evodiff.commands  # noqa: F401  what the children would import
-import evodiff.experiment
+import evodiff.run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -26,7 +26,7 @@ def command(folder, arguments):
     """In a child: the exit code, and what was said on standard error."""
     from evodiff.cli import main
 
-    evodiff.experiment.RESULTS = Path(folder)
+    evodiff.run.RESULTS = Path(folder)
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         code = main(["run", *arguments])

@@ -13,10 +13,11 @@ import evodiff.api
 from evodiff.api import named_solver
 from evodiff.denoiser import Counting
 from evodiff.errors import BudgetError, ConfigError
-from evodiff.experiment import Job, sample_run, store_of
+from evodiff.experiment import sample_run
 from evodiff.grid import Karras
 from evodiff.guidance import ClassifierFree
 from evodiff.models.analytic import mixture
+from evodiff.run import Job, store_of
 from evodiff.schedule import DiscreteVP
 from evodiff.solvers.evodiff import EVODiff
 from evodiff.solvers.heun import Heun

@@ -13,6 +13,7 @@ import pytest
 from evodiff import experiment
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import ROOT
+from evodiff.run import Run
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
 
@@ -82,7 +83,7 @@ def test_the_record_repeats_the_run(evodiff_command, results):
     assert record["nfe"] == 5
     assert record["images"] == 8
     assert set(record["shards"]) == {"shard-000000.npz", "shard-000004.npz"}
-    assert experiment.Run(**record["run"]).key() == folder.name == record["key"]
+    assert Run(**record["run"]).key() == folder.name == record["key"]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
@@ -186,11 +187,11 @@ def test_scoring_before_sampling_says_what_to_do(evodiff_command, results):
 KILLED = """
 import os, sys
 from pathlib import Path
-from evodiff import commands, experiment, report
+from evodiff import report, run
 from evodiff.cli import main
 from evodiff.store import SampleStore
 
-for module in (commands, experiment, report):
+for module in (report, run):
     module.RESULTS = Path(sys.argv[1])
 write = SampleStore.write
 def write_then_die(self, *args, **kwargs):
@@ -209,7 +210,7 @@ def test_killed_and_resumed_gives_the_same_bytes(evodiff_command, results, tmp_p
     killed = subprocess.run([sys.executable, "-c", KILLED, str(elsewhere), *run], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert len(shards(elsewhere)) == 1
-    monkeypatch.setattr(experiment, "RESULTS", elsewhere)
+    monkeypatch.setattr("evodiff.run.RESULTS", elsewhere)
     assert evodiff_command("sample", *run)[0] == 0
     assert shards(elsewhere) == whole
 

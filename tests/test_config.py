@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 import evodiff.solvers
 from evodiff.config import build, choices, compose, essential, parse_range
 from evodiff.errors import ConfigError
-from evodiff.experiment import Job, Run
 from evodiff.report import Table
+from evodiff.run import Job, Run
 from evodiff.solvers.base import Solver
 
 

@@ -241,7 +241,8 @@ def navigation() -> list[str]:
 
 
 def test_every_page_is_in_the_navigation():
-    assert sorted(navigation()) == sorted(str(page.relative_to(DOCS)) for page in PAGES[1:])
+    written = [str(page.relative_to(DOCS)) for page in PAGES[1:]]
+    assert sorted(page for page in navigation() if not page.startswith("api/")) == sorted(written)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -272,9 +273,12 @@ def test_generated_pages_are_current(page):
 
 
 def test_every_module_is_in_the_reference():
-    shown = "".join((DOCS / page).read_text() for page in make_docs.NAMES if page.startswith("api/"))
-    for module in make_docs.modules():
-        assert shown.count(f"::: evodiff.{module}\n") == 1
+    pytest.importorskip("mkdocs")
+    pages = script("mkdocs_hooks").api_pages(ROOT / "evodiff")
+    assert sorted(pages) == sorted(page for page in navigation() if page.startswith("api/"))
+    shown = re.findall("::: (.+)", "".join(pages.values()))
+    assert len(shown) == len(set(shown)) > 100
+    assert {"evodiff.solvers.evodiff", "evodiff.api", "evodiff.models.networks"} <= set(shown)
 
 
 def test_docstrings_keep_their_formulas():

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import evodiff
-from evodiff.experiment import Job, sample_run, store_of
+from evodiff.experiment import sample_run
 from evodiff.grid import LogSNR
 from evodiff.guidance import ClassifierFree
 from evodiff.models.latent import latent
 from evodiff.noise import SeededNoise
+from evodiff.run import Job, store_of
 from evodiff.sampling import to_uint8
 from evodiff.schedule import DiscreteVP
 

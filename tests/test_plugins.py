@@ -12,8 +12,8 @@ from evodiff import plugins
 from evodiff.api import named_solver
 from evodiff.config import choices, compose
 from evodiff.errors import ConfigError
-from evodiff.experiment import Run
 from evodiff.paths import ROOT
+from evodiff.run import Run
 from evodiff.solvers.base import Solver
 from evodiff.solvers.exponential import ddim
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from evodiff.errors import ConfigError
-from evodiff.experiment import Job
 from evodiff.models.analytic import GaussianMixture
 from evodiff.models.mnist import mnist_tiny
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import computing, prepared
+from evodiff.run import Job
 from evodiff.schedule import EDM
 
 NODE = EDM().node(1.0)

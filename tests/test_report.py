@@ -70,8 +70,8 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     table = small()
     table.make()
     ((job, reference),) = table.references.values()
-    from evodiff.experiment import store_of
     from evodiff.record import rmse
+    from evodiff.run import store_of
 
     assert rmse(store_of(job, reference), store_of(job, reference)) == 0
     a, b = (np.concatenate([x for (x,) in store_of(job, run).batches("x")]) for run in (None, reference))

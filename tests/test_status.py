@@ -10,9 +10,9 @@ import pytest
 from evodiff import status
 from evodiff.config import compose
 from evodiff.errors import ConfigError
-from evodiff.experiment import Job
 from evodiff.paths import ROOT
 from evodiff.report import Table
+from evodiff.run import Job
 from evodiff.status import cost, lines_of, missing_files
 
 

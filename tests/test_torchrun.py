@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from evodiff import commands, distributed
-from evodiff.experiment import Job, store_of
 from evodiff.paths import ROOT
+from evodiff.run import Job, store_of
 
 MIXTURE = [
     "model=mixture",

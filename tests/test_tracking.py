@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-import evodiff.experiment
 import evodiff.report
+import evodiff.run
 from evodiff import tracking
 from evodiff.dashboard import report
 from evodiff.errors import ConfigError
@@ -214,7 +214,7 @@ def test_push_without_a_table_says_how(evodiff_command):
 
 
 def test_push_without_records_says_what_makes_them(evodiff_command, tmp_path, monkeypatch):
-    for module in (evodiff.experiment, evodiff.report):
+    for module in (evodiff.report, evodiff.run):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     code, _, err = evodiff_command("wandb", "push", "smoke")
     assert code == 1
