@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo smoke test test-all bench-metrics lint tables clean
+.PHONY: setup demo smoke test test-all bench bench-solvers bench-metrics lint tables clean
 
 setup: $(READY)
 
@@ -28,6 +28,12 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python scripts/bench.py $(if $(OFFICIAL),--official $(OFFICIAL))
+
+bench-solvers: $(READY)
+	$(BIN)/python scripts/bench_solvers.py $(if $(OFFICIAL),--official $(OFFICIAL))
 
 bench-metrics: $(READY)
 	$(BIN)/python scripts/bench_metrics.py

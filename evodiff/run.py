@@ -103,6 +103,10 @@ class Run:
     def plan(self, model: Pretrained) -> tuple[Solver, TimeGrid]:
         """The solver and the grid of this run on a model. Raises BudgetError if the NFE cannot be spent exactly."""
         solver: Solver = build(self.solver)
+        if solver.stochastic and self.noise == "legacy":
+            raise ConfigError(
+                f"noise=legacy replays start noise only, and solver={self.solver['name']} draws more: set noise=seeded"
+            )
         if self.nfe is not None:
             solver = solver.for_budget(self.nfe - self.denoise_final)
         grid = grid_for(

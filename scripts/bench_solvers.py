@@ -9,9 +9,6 @@ read and write.
 
 import argparse
 import importlib
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,9 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from evodiff.benchmark import Findings, finished, machine, on
 from evodiff.config import build, choices, compose
 from evodiff.errors import BudgetError
-from evodiff.files import whole_file
 from evodiff.grid import LogSNR, TimeGrid, grid_for
 from evodiff.noise import SeededNoise
 from evodiff.paths import RESULTS
@@ -177,54 +174,29 @@ def measure(dtype: torch.dtype, shape: tuple[int, ...], repeats: int, device: st
     return rows
 
 
-def finished(device: str) -> None:
-    """Wait until the device is."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def machine(device: str) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name(device) if device != "cpu" else (names or [platform.processor()])[0],
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main(path: Path | None, device: str, batch: int, repeats: int) -> None:
     """Measure on one device; what was recorded of other devices stays."""
-    folder = RESULTS / "bench"
-    record = folder / "solvers.json"
-    found: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     code = official(path) if path else None
     shape = (batch, *IMAGE)
-    found[device.split(":")[0]] = {
+    measured = {
         "machine": machine(device),
         "shape": shape,
         "repeats": repeats,
         "official_commit": code[2] if code else None,
         **{name: measure(dtype, shape, repeats, device, code) for name, dtype in DTYPES.items()},
     }
-    with whole_file(record) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-    with whole_file(folder / "solvers.md") as temporary:
-        temporary.write_text(markdown(found))
-    print((folder / "solvers.md").read_text())
+    findings = Findings(RESULTS / "bench", "solvers", markdown)
+    findings.add(device.split(":")[0], measured)
+    print(findings.md.read_text())
 
 
 def markdown(found: dict[str, Any]) -> str:
     lines = ["# Solvers: time outside the network", ""]
     lines += [" ".join(__doc__.split("\n\n")[1].split()), ""]
     for device, part in found.items():
-        where = part["machine"]
         lines += [f"## {device}: {' x '.join(map(str, part['shape']))}, {NFE} evaluations or the next possible", ""]
         lines += [
-            f"{where['device']}, {where['threads']} threads, load {where['load']}, torch {where['torch']}; "
-            f"{part['repeats']} repeats. Microseconds per step and image: median (quartiles)."
+            f"{on(part['machine'])} {part['repeats']} repeats. Microseconds per step and image: median (quartiles)."
         ]
         lines += ["", *headline(part), ""]
         columns = [

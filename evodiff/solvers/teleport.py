@@ -8,6 +8,7 @@ refined leave an error of first order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,11 @@ class Gaussian:
     def flow(self, x: Tensor, s: Node, t: Node) -> Tensor:
         """x [B, C, H, W] at s -> the exact solution of the diffusion ODE at t."""
 
-        def gain(v: Tensor) -> Tensor:
-            return ((t.alpha**2 * v + t.sigma**2) / (s.alpha**2 * v + s.sigma**2)).sqrt()
+        def gain(v: Any) -> Any:  # of one variance, or of many
+            return ((t.alpha**2 * v + t.sigma**2) / (s.alpha**2 * v + s.sigma**2)) ** 0.5
 
         mean, axes, variances = (a.to(x) for a in (self.mean, self.axes, self.variances))
-        rest = gain(torch.tensor(self.rest, dtype=torch.float64)).item()
+        rest = gain(self.rest)
         z = (x - s.alpha * mean).flatten(1)
         z = rest * z + ((z @ axes.T) * (gain(variances) - rest)) @ axes if len(axes) else rest * z
         return t.alpha * mean + z.view_as(x)
