@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo smoke test test-all bench bench-solvers bench-metrics lint tables clean
+.PHONY: setup demo smoke tables status test test-all bench bench-solvers bench-metrics lint clean
 
 setup: $(READY)
 
@@ -22,6 +22,11 @@ smoke: $(READY)
 
 table-%: $(READY)
 	$(BIN)/evodiff table $*
+
+tables: $(patsubst configs/table/%.yaml,table-%,$(wildcard configs/table/*.yaml))
+
+status: $(READY)
+	$(BIN)/evodiff status
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

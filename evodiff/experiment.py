@@ -229,7 +229,10 @@ def current_record(job: Job, run: Run | None = None) -> Record | None:
     path = run.folder / "score.json"
     if not path.exists() or store.missing():
         return None
-    record = Record.read(path)
+    try:
+        record = Record.read(path)
+    except StoreError:  # of another version, or damaged: scored anew
+        return None
     expected = (job.protocol.describe() if job.protocol else None, store.digests, reference)
     asked_before = {*job.metrics} <= {*record.asked}
     return record if asked_before and (record.protocol, record.shards, record.reference_run) == expected else None

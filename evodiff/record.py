@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evodiff.errors import StoreError
 from evodiff.files import whole_file
 from evodiff.metrics.distances import project, wasserstein_of_columns
 from evodiff.store import SampleStore
@@ -41,7 +42,11 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        return cls(**json.loads(path.read_text()))
+        """Raises StoreError for a file that is no record, or one of another version of this project."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise StoreError(f"{path} cannot be read as a record ({e}). Remove it: it is made anew by scoring.") from e
 
     def write(self, path: Path) -> None:
         with whole_file(path) as temporary:

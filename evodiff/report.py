@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from evodiff import inputs, pages, text
 from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, parse_range
-from evodiff.errors import ConfigError, EvodiffError
+from evodiff.errors import ConfigError, EvodiffError, StoreError
 from evodiff.experiment import sample_run, score_run
 from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
@@ -186,7 +186,7 @@ class Table:
         for path in (run_folder / "score.json", self.folder / "records" / f"{key}.json"):
             if path.exists():
                 record = _read_record(path, path.stat().st_mtime_ns)
-                if (record.protocol or {}).get("hash") == wanted:
+                if record is not None and (record.protocol or {}).get("hash") == wanted:
                     return record
         return None
 
@@ -287,9 +287,12 @@ class Table:
 
 
 @lru_cache(maxsize=4096)
-def _read_record(path: Path, written: int) -> Record:
-    """Pages ask for the same records many times."""
-    return Record.read(path)
+def _read_record(path: Path, written: int) -> Record | None:
+    """Pages ask for the same records many times. None for one of another version, which scoring replaces."""
+    try:
+        return Record.read(path)
+    except StoreError:
+        return None
 
 
 def _sample(job: Job, run: Run | None) -> None:

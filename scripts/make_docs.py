@@ -3,6 +3,7 @@
 `python scripts/make_docs.py --check` only compares, and exits with 1 if a page is not current.
 """
 
+import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -56,10 +57,45 @@ def section(table: Table) -> str:
     lines.append("")
     if left := len(done - shown):
         lines.append(f"{left} more columns are in `results/tables/{table.name}/table.md`.\n")
+    if left := len(table.nfe) - len(done):
+        lines.append(f"{left} of the {len(table.nfe)} columns of this table have not been made yet.\n")
     for metric in part.metrics:
         if (ROOT / "results/tables" / table.name / f"{table.stem(metric)}.png").exists():
             lines.append(f"![{metric} against NFE]({folder}/{table.stem(metric)}.png)\n")
-    return "\n".join(lines)
+    return "\n".join([*lines, *matched(table, shown)])
+
+
+MATCHED = """\
+### With the contrast that suits each best
+
+A solver that adds contrast can win by that alone. Here the images of each cell are first multiplied by one gain, about
+mid-grey: the one that lowers the distance most on other seeds. Each cell has the distance of {images} images with that
+gain, the gain in brackets, and the distance without. Made by `python scripts/contrast_matched.py {table}`.
+"""
+
+
+def matched(table: Table, shown: set[int]) -> list[str]:
+    """The part of a table on matched contrast, if its matched.csv is there."""
+    path = table.folder / "matched.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        cells = {(line["solver"], int(line["nfe"])): line for line in csv.DictReader(file)}
+    if not cells:
+        return []
+
+    def show(number: str) -> str:
+        return text.show(float(number))
+
+    columns = sorted(shown & {nfe for _, nfe in cells})
+    images = next(iter(cells.values()))["images"]
+    lines = [MATCHED.format(table=table.config, images=images), "| | " + " | ".join(f"NFE {n}" for n in columns) + " |"]
+    lines.append("|---" + "|---:" * len(columns) + "|")
+    for row in table.rows:
+        found = [cells.get((row, n)) for n in columns]
+        told = [f"{show(c['matched'])} ({float(c['gain']):g}), {show(c['plain'])}" if c else "" for c in found]
+        lines.append(f"| {row} | " + " | ".join(told) + " |")
+    return [*lines, ""]
 
 
 def leaders(table: Table, metric: str) -> str:

@@ -134,3 +134,12 @@ def test_what_cannot_be_is_refused_before_the_first_image(run, results, override
     assert code == 1
     assert sentence in err
     assert not list(results.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"key": "ddim"}'])
+def test_a_record_that_cannot_be_read_is_made_anew(run, results, content):
+    assert run("metrics=[fid]")[0] == 0
+    first = record_of(results)
+    (folder_of(results) / "score.json").write_text(content)
+    assert run("metrics=[fid]")[0] == 0
+    assert record_of(results) == first
