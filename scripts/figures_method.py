@@ -127,8 +127,8 @@ class Weights(EVODiff):
         return w
 
 
-def weights(model: Pretrained, nfe: int, samples: int = 64) -> list[Numbers]:
-    solver = Weights()
+def weights(model: Pretrained, nfe: int, samples: int = 64, **fields: Any) -> list[Numbers]:
+    solver = Weights(**fields)
     object.__setattr__(solver, "kept", [])
     start(model, solver, nfe, samples, integrate)
     return solver.kept

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
+from evodiff.models.analytic import mixture
 from evodiff.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -294,6 +295,13 @@ def nearly(a, b) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(nearly, a, b))
     return math.isclose(a, b, rel_tol=0.02, abs_tol=0.002)
+
+
+def test_the_weights_of_the_figure_are_those_of_the_solver():
+    rows = script("figures_method").weights(mixture(), nfe=6, samples=2, eta=0.3, zeta=0.8)
+    assert len(rows) == 4
+    for row in rows:
+        assert (row["eta"], row["zeta"], row["of_second_order"]) == pytest.approx((0.3, 0.8, 0.5), abs=1e-9)
 
 
 @pytest.mark.slow
