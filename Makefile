@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo smoke tables status test test-all bench bench-solvers bench-metrics lint clean
+.PHONY: setup demo smoke tables status docs test test-all bench bench-solvers bench-metrics lint clean
 
 setup: $(READY)
 
@@ -33,6 +33,12 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+docs: $(READY)
+	$(BIN)/python scripts/figures_method.py
+	$(BIN)/evodiff docs solvers
+	$(BIN)/python scripts/make_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python scripts/bench.py $(if $(OFFICIAL),--official $(OFFICIAL))
