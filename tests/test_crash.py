@@ -27,14 +27,14 @@ def serve(mode, folder, number, run):
 
 
 def outcome(folder):
-    """Everything that a run left, without what times and lists in another order may change."""
+    """Everything that a run left, without what times, threads and lists in another order may change."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir() or ".locks" in name:
             continue
         if path.name == "score.json":
-            found[name] = json.loads(path.read_text()) | {"seconds": None}
+            found[name] = json.loads(path.read_text()) | {"seconds": None, "device": None}
         elif path.name == "manifest.json":
             content = json.loads(path.read_text())
             shards = sorted([s["first"], s["last"], s["sha256"], s["nfe"]] for s in content.pop("shards"))
