@@ -40,7 +40,7 @@ for (const box of document.querySelectorAll(".chart")) {
     s += `<text x="${(W + L) / 2}" y="${H - 6}" text-anchor="middle">NFE</text>`;
     s += `<text transform="translate(13 ${(H - B) / 2}) rotate(-90)" text-anchor="middle">${escape(data.label)}</text>`;
     for (const [name, v] of Object.entries(data.lines))
-      s += `<path d="M${L} ${Y(v)}H${W - R}" stroke="#555" stroke-dasharray="6 4"/><text x="${W - R - 4}" y="${Y(v) - 4}" text-anchor="end">${escape(name)} ${text(v)}</text>`;
+      s += `<path d="M${L} ${Y(v)}H${W - R}" stroke="#555" stroke-dasharray="6 4"/><text x="${W - R - 4}" y="${Y(v) - 4}" text-anchor="end" paint-order="stroke" stroke="#fff" stroke-width="4">${escape(name)} ${text(v)}</text>`;
     for (const r of rows) {
       s += `<g class="row" data-name="${escape(r.name)}">`;
       if (on("bands") && r.ours.some(p => p[2] > 0)) {

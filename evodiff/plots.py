@@ -12,6 +12,7 @@ from evodiff.files import whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib.patheffects import withStroke  # noqa: E402
 
 COLOURS = (
     "#0072B2",
@@ -114,8 +115,9 @@ def save_curves(
                 axis.plot([], [], marker, mfc="none", mec=colour, ms=7, label=f"{label} (paper)")
     for label, value in (lines or {}).items():
         axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--")
-        axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                      textcoords="offset points", ha="right", fontsize=8, color="#555555")  # fmt: skip
+        note = axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+                             textcoords="offset points", ha="right", fontsize=8, color="#555555", zorder=4)  # fmt: skip
+        note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     nfes = sorted({n for curve in curves.values() for n in (*curve.values, *curve.papers)})
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
     positive = any(v > 0 for curve in curves.values() for v in (*curve.values.values(), *curve.papers.values()))

@@ -15,7 +15,7 @@ from evodiff.run import store_of
 if __name__ == "__main__":
     table = Table.from_config(compose("table", [f"table={sys.argv[1]}", *sys.argv[2:]]))
     rows: list[list[object]] = []
-    for (row, nfe), job in table.jobs.items():
+    for (row, nfe, _), job in table.jobs.items():
         if job.protocol and job.run.folder.exists() and not (store := store_of(job)).missing():
             found = contrast_matched(store, job.protocol, job.device)
             rows.append([row, nfe, found.n, repr(found.plain), found.gain, repr(found.matched), job.run.key()])

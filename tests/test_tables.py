@@ -13,7 +13,7 @@ from evodiff.models.pretrained import Pretrained
 from evodiff.report import Table
 from evodiff.schedule import EDM, DiscreteVP
 
-PAPERS = [n for n in choices("table") if n not in ("demo", "mnist", "smoke")]
+PAPERS = [n for n in choices("table") if n not in ("demo", "mnist", "mnist_parts", "smoke")]
 LDM = DiscreteVP.from_betas(scaled_linear_betas(0.0015, 0.0195, 1000))
 
 
