@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there."""
 
+import csv
 import re
 import sys
 import types
@@ -46,3 +47,29 @@ def test_every_command_is_one():
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_numbers_beside_the_figure_are_those_of_the_records():
+    told = README.partition("Ten thousand images")[2].partition("## Start")[0]
+    tables = ROOT / "results" / "tables"
+    cells = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in rows(tables / "mnist" / "table.csv")}
+    matched = {(r["solver"], r["nfe"]): r for r in rows(tables / "mnist" / "matched.csv")}
+    parts = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in rows(tables / "mnist_parts" / "table.csv")}
+    assert f"are {cells['EVODiff', '10', 'rmse@10000']:.3g} from" in told
+    assert f"UniPC-3's {cells['UniPC-3', '10', 'rmse@10000']:.3g}." in told
+    for solver in ("DPM-Solver++ 3M", "UniPC-3"):
+        plain, gained = (float(matched[solver, "10"][key]) for key in ("plain", "matched"))
+        assert f"from {plain:.1f} to {gained:.1f}" in told
+    assert f"beside {float(matched['EVODiff', '10']['matched']):.1f} for EVODiff" in told
+    euler, released = (parts[row, "10", "fd_mnist@10000"] for row in ("plain Euler at the end", "as released"))
+    assert f"scores {euler:.1f} in place of\n{released:.1f}," in told
+    for nfe, best in (("5", "UniPC-3"), ("6", "DPM-Solver++ 3M"), *((str(n), "EVODiff") for n in (7, 8, 10, 15, 25))):
+        column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "fd_mnist@10000")}
+        assert min(column, key=column.get) == best
+        column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "rmse@10000")}
+        assert min(column, key=column.get) != "EVODiff"
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
