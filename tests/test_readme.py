@@ -54,7 +54,8 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
     tables = ROOT / "results" / "tables"
     cells = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in rows(tables / "mnist" / "table.csv")}
     matched = {(r["solver"], r["nfe"]): r for r in rows(tables / "mnist" / "matched.csv")}
-    parts = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in rows(tables / "mnist_parts" / "table.csv")}
+    of_parts = rows(tables / "mnist_parts" / "table.csv")
+    parts = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in of_parts}
     assert f"are {cells['EVODiff', '10', 'rmse@10000']:.3g} from" in told
     assert f"UniPC-3's {cells['UniPC-3', '10', 'rmse@10000']:.3g}." in told
     for solver in ("DPM-Solver++ 3M", "UniPC-3"):
