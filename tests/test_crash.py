@@ -61,7 +61,7 @@ def whole(results, evodiff_command):
     return run
 
 
-@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 9])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 14])
 def test_killed_before_any_change_of_a_file(whole, tmp_path_factory, stride):
     folder = tmp_path_factory.mktemp("killed")
     answers = serve("kill", folder, stride, SMALL)
@@ -72,7 +72,7 @@ def test_killed_before_any_change_of_a_file(whole, tmp_path_factory, stride):
         assert without_leftovers(outcome(folder / str(n))) == expected
 
 
-@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow), 14])
 def test_full_disk_at_any_change_of_a_file(whole, tmp_path_factory, stride):
     """Either that change does not matter, or one line says what to do and the run can go on."""
     folder = tmp_path_factory.mktemp("full")

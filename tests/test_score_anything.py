@@ -207,6 +207,7 @@ def test_metrics_the_reference_cannot_serve_are_refused(tmp_path):
             Scorer(bare, metrics=[metric])
 
 
+@pytest.mark.slow
 def test_inception_protocols_score_spatial_features_with_given_weights(tmp_path, capsys):
     """Random weights: the same images are 0 apart, others are not, and the hash says that the weights are not ours."""
     write_random_inception(tmp_path / "inception.pth")

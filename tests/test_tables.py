@@ -52,8 +52,9 @@ def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
 
 
 def test_no_run_is_in_two_cells(tables):
+    """But for `mnist_parts`, which has EVODiff as released in common with `mnist`."""
     places = {}
-    for table in tables.values():
+    for table in (table for name, table in tables.items() if name != "mnist_parts"):
         for (row, nfe, k), job in table.jobs.items():
             key = f"{job.run.model['name']}/{job.run.key()}"
             place = (table.config, row, nfe, k)
