@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,21 +95,28 @@ def sample_batches(
 
     batches = (range(a, min(a + size, seeds.stop)) for a in range(seeds.start, seeds.stop, size))
     for batch, noise, labels in one_ahead(drawn, batches):
-        generated = generate(
-            denoiser_for(run, model, labels),
-            solver,
-            grid,
-            batch,
-            model.shape,
-            denoise_final=run.denoise_final,
-            noise=noise,
-            device=job.device,
-            dtype=DTYPES[run.dtype],
-            rounding=run.rounding,
-            decode=model.decode,
-        )
+        generated = generate_as(run, model, denoiser_for(run, model, labels), solver, grid, batch, noise)
         x = generated.x.float().cpu() if job.keeps_states else generated.x[:0]
         yield replace(generated, x=x, images=generated.images.cpu())
+
+
+def generate_as(
+    run: Run, model: Pretrained, denoiser: Denoiser, solver: Solver, grid: TimeGrid, seeds: Sequence[int], noise: Noise
+) -> Generated:
+    """One batch with the settings of a run."""
+    return generate(
+        denoiser,
+        solver,
+        grid,
+        seeds,
+        model.shape,
+        denoise_final=run.denoise_final,
+        noise=noise,
+        device=model.device,
+        dtype=DTYPES[run.dtype],
+        rounding=run.rounding,
+        decode=model.decode,
+    )
 
 
 def batch_for(job: Job, run: Run, model: Pretrained, grid: TimeGrid) -> int:

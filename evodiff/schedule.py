@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -71,16 +72,16 @@ class Flow:
         return math.exp(-_log1p_exp(lam))
 
 
-class VariancePreserving:
+class VariancePreserving(ABC):
     """alpha^2 + sigma^2 = 1, given by log alpha(t) and its inverse."""
 
     t_end: float
 
-    def log_alpha(self, t: float) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def log_alpha(self, t: float) -> float: ...
 
-    def t_at_log_alpha(self, log_alpha: float) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def t_at_log_alpha(self, log_alpha: float) -> float: ...
 
     def node(self, t: float) -> Node:
         log_alpha = self.log_alpha(t)

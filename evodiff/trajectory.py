@@ -11,13 +11,13 @@ from torch import Tensor
 from evodiff.config import build, essential
 from evodiff.denoiser import Denoiser
 from evodiff.errors import EvodiffError
-from evodiff.experiment import denoiser_for
+from evodiff.experiment import denoiser_for, generate_as
 from evodiff.files import whole_file
 from evodiff.models.pretrained import Pretrained
 from evodiff.plots import save_trajectories
 from evodiff.precision import prepared
-from evodiff.run import DTYPES, NOISES, Job, store_of
-from evodiff.sampling import generate, to_uint8
+from evodiff.run import NOISES, Job, store_of
+from evodiff.sampling import to_uint8
 from evodiff.schedule import Node
 
 if TYPE_CHECKING:
@@ -46,19 +46,7 @@ def trajectory(job: Job, model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
     noise = NOISES[run.noise](seeds)
     labels = noise.labels(model.num_classes) if model.num_classes else None
     recorder = Recorder(denoiser_for(run, model, labels))
-    made = generate(
-        recorder,
-        solver,
-        grid,
-        seeds,
-        model.shape,
-        denoise_final=run.denoise_final,
-        noise=noise,
-        device=job.device,
-        dtype=DTYPES[run.dtype],
-        rounding=run.rounding,
-        decode=model.decode,
-    )
+    made = generate_as(run, model, recorder, solver, grid, seeds, noise)
     seen = torch.cat([D for _, D in recorder.seen])
     images = torch.cat([to_uint8(model.decode(seen) if model.decode else seen, run.rounding), made.images])
     return images.cpu().numpy(), np.array([kappa for kappa, _ in recorder.seen])
