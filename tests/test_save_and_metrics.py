@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evodiff.record import recut
+
 RUN = ["solver=ddim", "nfe=2", "seeds=0-23", "shard=10", "batch=7", "device=cpu"]
 REFERENCE = "reference_run=['solver=ddim','nfe=3']"
 FEATURES = ["metrics=[fid]", "save=none"]
@@ -143,3 +145,12 @@ def test_a_record_that_cannot_be_read_is_made_anew(run, results, content):
     (folder_of(results) / "score.json").write_text(content)
     assert run("metrics=[fid]")[0] == 0
     assert record_of(results) == first
+
+
+def test_rows_are_cut_anew_whatever_shards_they_lie_in():
+    rows = np.arange(12)
+    shards = [(rows[a:b], 2 * rows[a:b]) for a, b in ((0, 3), (3, 11), (11, 12))]
+    parts = list(recut(iter(shards), size=5))
+    assert [len(a) for a, _ in parts] == [5, 5, 2]
+    assert np.concatenate([a for a, _ in parts]).tolist() == rows.tolist()
+    assert all((b == 2 * a).all() for a, b in parts)
