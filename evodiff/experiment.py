@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from evodiff.metrics.features import Features
 from evodiff.metrics.score import Scorer, files_used
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import Noise
-from evodiff.plots import save_grid, save_pngs
-from evodiff.precision import prepared
+from evodiff.pictures import save_grid, save_pngs
+from evodiff.precision import prepared, use_threads
 from evodiff.progress import progress
 from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
 from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
@@ -44,6 +45,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     A run that is complete costs nothing: the model is not even loaded.
     """
     run = run or job.run
+    use_threads(job.threads)
     store = store_of(job, run)
     for name in store.damaged():
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
@@ -52,7 +54,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
         save_preview(run, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
-    model = prepared(build(run.model, device=job.device), run.precision, run.channels_last, run.compile)
+    model = prepared(build(run.model, device=job.device), *run.computing)
     solver, grid = run.plan(model)
     store.check_weights(model.files)
     write_yaml(run.folder / "run.yaml", run.as_dict())
@@ -193,13 +195,14 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         return record
     reference = job.reference_run if run is None else None
     run = run or job.run
+    use_threads(job.threads)
     store = store_of(job, run)
     n = len(run.seed_range)
     metrics: dict[str, float] = {}
     if job.protocol and job.scored:
         scorer = Scorer(job.protocol, job.device, job.scored)
-        for shard, arrays in store.files():
-            _add_shard(scorer, store, shard, arrays)
+        for _, arrays in store.files(partial(_scored_arrays, scorer, store)):
+            _add_arrays(scorer, arrays)
         metrics |= scorer.result()
     for name in job.metrics:
         if reference and name in AGAINST_REFERENCE:
@@ -245,19 +248,25 @@ def current_record(job: Job, run: Run | None = None) -> Record | None:
     return record if asked_before and (record.protocol, record.shards, record.reference_run) == expected else None
 
 
-def _add_shard(scorer: Scorer, store: SampleStore, shard: Shard, arrays: Mapping[str, np.ndarray]) -> None:
-    """The features kept while sampling, if they are this protocol's; otherwise those of the images."""
+def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:
+    """The features kept while sampling, if they are this protocol's; otherwise the images."""
     if shard.protocol == scorer.protocol.hash and {*scorer.needs} <= {*shard.holds}:
-        scorer.add_features(Features(**{name: torch.from_numpy(arrays[name]) for name in scorer.needs}))
-    elif "images" in shard.holds:
+        return scorer.needs
+    if "images" in shard.holds:
+        return ("images",)
+    raise StoreError(
+        f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
+        f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
+        f"with this protocol and these metrics."
+    )
+
+
+def _add_arrays(scorer: Scorer, arrays: Mapping[str, np.ndarray]) -> None:
+    if "images" in arrays:
         for part in torch.from_numpy(arrays["images"]).split(EXTRACTED_AT_ONCE):
             scorer.add(part)
     else:
-        raise StoreError(
-            f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
-            f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
-            f"with this protocol and these metrics."
-        )
+        scorer.add_features(Features(**{name: torch.from_numpy(array) for name, array in arrays.items()}))
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The figures: image grids, and a metric against NFE."""
+"""The figures: a metric against NFE, and samples side by side."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
 from evodiff.files import whole_file
+from evodiff.pictures import mosaic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
@@ -33,26 +33,6 @@ TICKS = (3, 5, 10, 20, 50, 100, 200, 500, 1000)
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
 
 
-def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 2) -> None:
-    """uint8 [N, C, H, W] as one PNG, row by row, with a thin gap; every pixel `scale` x `scale`."""
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
-        canvas[y : y + height, x : x + width] = image.transpose(1, 2, 0) if channels == 3 else image[0][..., None]
-    with whole_file(path) as temporary:
-        plt.imsave(temporary, canvas.repeat(scale, 0).repeat(scale, 1))
-
-
-def save_pngs(folder: Path, seeds: Sequence[int], images: np.ndarray) -> None:
-    """uint8 [N, C, H, W] as `000012.png` for seed 12, each file whole or absent; compressed without loss."""
-    for seed, image in zip(seeds, images, strict=True):
-        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        with whole_file(folder / f"{seed:06d}.png") as temporary:
-            Image.fromarray(pixels).save(temporary)
-
-
 def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]], across: int = 3) -> None:
     """The same seeds by every solver (rows) at every NFE (columns): uint8 [across^2 or more, C, H, W] in each cell."""
     nfes = sorted({nfe for row in sheets.values() for nfe in row})
@@ -71,13 +51,6 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
         axes[i][0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.4)
     _save(figure, path)
-
-
-def mosaic(images: np.ndarray, across: int) -> np.ndarray:
-    """The first `across`^2 images [N, C, H, W] as one [across H, across W, C], without gaps."""
-    _, channels, height, width = images.shape
-    tiles = images[: across**2].reshape(across, across, channels, height, width)
-    return tiles.transpose(0, 3, 1, 4, 2).reshape(across * height, across * width, channels)
 
 
 class Curve(NamedTuple):

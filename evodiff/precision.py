@@ -19,6 +19,12 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16":
 """Number formats, and what convolutions and matrix products are cast to; norms and sums stay in float32."""
 
 
+def use_threads(n: int | None) -> None:
+    """Compute with n threads of the CPU; None leaves it at torch's choice, one per core that it sees."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Networks called inside compute in `precision`; with fp32, on CUDA too, in float32 and not in TF32."""
@@ -33,28 +39,41 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-def prepared(model: "Pretrained", precision: str, channels_last: bool, compile: bool) -> "Pretrained":
+def prepared(
+    model: "Pretrained",
+    precision: str = "fp32",
+    channels_last: bool = False,
+    compile: bool = False,
+    cuda_graphs: bool = False,
+) -> "Pretrained":
     """The model, its networks computing in `precision` (a key of PRECISIONS), on channels-last memory, or compiled.
 
-    The networks are changed in place. The first call of a compiled network takes a minute, and so does the first of
-    another batch size. Raises ConfigError for what this model or this machine cannot do.
+    With `cuda_graphs` a compiled network's kernels are recorded once and launched together after that, which pays
+    where the network is small enough to wait for its launches. The networks are changed in place. The first call of a
+    compiled network takes a minute, and so does the first of another batch size. Raises ConfigError for what this model
+    or this machine cannot do.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision} does not exist; possible: {', '.join(PRECISIONS)}.")
     asked = [f"precision={precision}"] * (precision != "fp32") + ["channels_last=true"] * channels_last
-    asked += ["compile=true"] * compile
+    asked += ["compile=true"] * compile + ["cuda_graphs=true"] * cuda_graphs
     if asked and not model.networks:
         raise ConfigError(f"{' and '.join(asked)}: this model has no network to which that applies. Leave it out.")
     if precision == "tf32" and model.device.type != "cuda":
         raise ConfigError(f"precision=tf32 exists on CUDA only, not on {model.device.type}. Use fp32 or bf16.")
+    if cuda_graphs and not (compile and model.device.type == "cuda"):
+        raise ConfigError(
+            f"cuda_graphs=true needs compile=true and a CUDA device; here compile={str(compile).lower()}, and the "
+            f"device is {model.device.type}. Set compile=true on a GPU, or leave it out."
+        )
     if compile and model.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ConfigError("compile=true needs a C++ compiler on the CPU, and none was found. Install g++, or leave it.")
     for network in model.networks:
         if channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
-            network.compile()
-    within: Any = partial(_Within, precision=precision, device=model.device)
+            network.compile(mode="reduce-overhead" if cuda_graphs else None)
+    within: Any = partial(_Within, precision=precision, device=model.device, cuda_graphs=cuda_graphs)
     return replace(
         model,
         denoiser=lambda labels: within(model.denoiser(labels)),
@@ -65,10 +84,14 @@ def prepared(model: "Pretrained", precision: str, channels_last: bool, compile: 
 class _Within:
     """A denoiser or classifier, called in a precision."""
 
-    def __init__(self, inner: Any, precision: str, device: torch.device):
-        self.inner, self.precision, self.device = inner, precision, device
+    def __init__(self, inner: Any, precision: str, device: torch.device, cuda_graphs: bool):
+        self.inner, self.precision, self.device, self.cuda_graphs = inner, precision, device, cuda_graphs
         self.schedule = getattr(inner, "schedule", None)
 
     def __call__(self, *args: Any) -> Tensor:
         with computing(self.precision, self.device):
-            return self.inner(*args)
+            if not self.cuda_graphs:
+                return self.inner(*args)
+            # the next replay writes over the memory of this one's result, and solvers remember results
+            torch.compiler.cudagraph_mark_step_begin()
+            return self.inner(*args).clone()

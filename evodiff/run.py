@@ -28,6 +28,12 @@ from evodiff.tracking import Tracker
 NOISES = {"seeded": SeededNoise, "legacy": LegacyNoise}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 ROUNDINGS = ("round", "truncate")
+NUMBERS: dict[str, tuple[str, tuple[str | None, ...]]] = {
+    "batch": ("images", ("auto",)),
+    "shard": ("images", ()),
+    "threads": ("threads", (None,)),
+}
+"""Keys of a job that count something, and the words that may stand instead."""
 SAVES = ("shards", "png", "grid", "none")
 FEATURES_ONLY = ("grid", "none")
 """Kinds of `save` with which shards hold features in place of images."""
@@ -53,6 +59,7 @@ class Run:
     precision: str = "fp32"
     channels_last: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Run":
@@ -68,6 +75,7 @@ class Run:
             ("precision", PRECISIONS),
             ("channels_last", (True, False)),
             ("compile", (True, False)),
+            ("cuda_graphs", (True, False)),
         ):
             if content[key] not in known:
                 raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(map(str, known))}.")
@@ -77,6 +85,11 @@ class Run:
     def __post_init__(self) -> None:
         if self.nfe is not None and (type(self.nfe) is not int or self.nfe < 1):
             raise ConfigError(f"nfe={self.nfe} is impossible: expected a number of network evaluations, at least 1.")
+
+    @property
+    def computing(self) -> tuple[str, bool, bool, bool]:
+        """How the network computes: the arguments of `prepared`."""
+        return self.precision, self.channels_last, self.compile, self.cuda_graphs
 
     @property
     def seed_range(self) -> range:
@@ -132,6 +145,7 @@ class Job:
     device: str
     batch: int | Literal["auto"]
     shard: int
+    threads: int | None
     save: str
     metrics: tuple[str, ...]
     tracker: Tracker
@@ -153,10 +167,12 @@ class Job:
     @classmethod
     def from_config(cls, cfg: DictConfig, overrides: list[str]) -> "Job":
         run = Run.from_config(cfg)
-        for key, words in (("batch", ("auto",)), ("shard", ())):
+        for key, (counted, words) in NUMBERS.items():
             if cfg[key] not in words and (type(cfg[key]) is not int or cfg[key] < 1):
-                or_auto = ", or auto" if words else ""
-                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of images, at least 1{or_auto}.")
+                or_word = "".join(f", or {'null' if word is None else word}" for word in words)
+                raise ConfigError(
+                    f"{key}={cfg[key]} is impossible: expected a number of {counted}, at least 1{or_word}."
+                )
         metrics = metrics_of(cfg)
         protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
         if protocol is not None and protocol.rounding != run.rounding:
@@ -171,7 +187,7 @@ class Job:
             reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
         device = device_for(cfg.device)
         tracker = build(cfg.tracker)
-        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.save, metrics, tracker)
+        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.threads, cfg.save, metrics, tracker)
 
     def with_nfe(self, nfe: int) -> "Job":
         return replace(self, run=replace(self.run, nfe=nfe))

@@ -1,7 +1,7 @@
 """Samples on disk: shards of consecutive seeds, written whole, found by manifest."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from evodiff.background import one_ahead
 from evodiff.errors import StoreError
 from evodiff.files import sha256, whole_file
 
@@ -122,8 +123,8 @@ class SampleStore:
             with whole_file(self.manifest) as temporary:
                 temporary.write_text(json.dumps(content, indent=1) + "\n")
 
-    def files(self) -> Iterator[tuple[Shard, Mapping[str, np.ndarray]]]:
-        """Every shard with its arrays, which are read when asked for, in order of seeds.
+    def files(self, wanted: Callable[[Shard], Sequence[str]]) -> Iterator[tuple[Shard, dict[str, np.ndarray]]]:
+        """Every shard with those of its arrays that are `wanted` of it, in order of seeds; one is read ahead.
 
         Raises StoreError if shards are missing or a file is not what the manifest promises.
         """
@@ -137,28 +138,35 @@ class SampleStore:
                 f"{self.folder} lacks {sum(map(len, missing))} of {len(self.seeds)} images (first: seed "
                 f"{missing[0].start}). Run the sampling again: it makes only what is missing."
             )
-        for shard in self.shards:
+
+        def read(shard: Shard) -> tuple[Shard, dict[str, np.ndarray]]:
             with np.load(self.folder / shard.file) as arrays:
-                yield shard, arrays
+                return shard, {name: arrays[name] for name in wanted(shard)}
+
+        yield from one_ahead(read, self.shards)
 
     def batches(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """The named arrays (`seeds`, `images`, `x`) shard by shard, in order of seeds.
 
         Raises StoreError if shards are missing or damaged, or were written without one of these arrays.
         """
-        for shard, arrays in self.files():
-            if lacking := [name for name in names if name not in arrays]:
+
+        def wanted(shard: Shard) -> tuple[str, ...]:
+            if lacking := [name for name in names if name not in ("seeds", *shard.holds)]:
                 raise StoreError(
                     f"{shard.file} in {self.folder} was written without {' and '.join(lacking)}. Remove the folder and "
                     f"sample anew with save=shards (`x` is kept for metrics=[rmse] or [sw], with a reference_run)."
                 )
+            return names
+
+        for _, arrays in self.files(wanted):
             yield tuple(arrays[name] for name in names)
 
     def first(self, n: int) -> np.ndarray:
         """The first n images, or as many as were kept."""
         found = np.empty(0, np.uint8)
-        for shard, arrays in self.files():
-            kept = next((arrays[name] for name in ("images", "preview") if name in shard.holds), found[:0])
+        for shard, arrays in self.files(lambda shard: [n for n in ("images", "preview") if n in shard.holds][:1]):
+            kept = next(iter(arrays.values()), found[:0])
             found = np.concatenate([found, kept[: n - len(found)]]) if len(found) else kept[:n]
             if len(found) == n or len(kept) <= shard.last - shard.first:
                 break

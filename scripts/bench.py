@@ -12,16 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from bench_networks import adm256, edm_cifar10, tiny
+from torch import Tensor
 
 import evodiff.run
+from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
 from evodiff.experiment import sample_run, score_run
 from evodiff.guidance import Classifier
@@ -29,64 +33,14 @@ from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.score import score
-from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
-from evodiff.models.edm import Preconditioned
-from evodiff.models.guided_diffusion import NoisyClassifier
-from evodiff.models.mnist import mnist_tiny
-from evodiff.models.networks import build as build_network
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import RESULTS
 from evodiff.precision import PRECISIONS, prepared
-from evodiff.run import Job
+from evodiff.run import Job, store_of
 from evodiff.sampling import generate
-from evodiff.schedule import DiscreteVP
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
 NFE = 10
-
-
-def random_weights(architecture: str, config: dict[str, Any], device: str) -> nn.Module:
-    """A network whose layers that start at zero have small random weights too, so that all of it computes."""
-    torch.manual_seed(0)
-    network = build_network(architecture, config)
-    for weights in network.parameters():
-        if not weights.any():
-            nn.init.normal_(weights, std=0.01)
-    return network.eval().requires_grad_(False).to(device)
-
-
-def edm_cifar10(device: str = "cpu") -> Pretrained:
-    network = random_weights(
-        "edm",
-        {"class_name": "EDMPrecond", "model_type": "SongUNet", "embedding_type": "positional", "label_dim": 0}
-        | {"encoder_type": "standard", "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1]}
-        | {"model_channels": 128, "channel_mult": [2, 2, 2], "augment_dim": 9, "img_resolution": 32, "img_channels": 3},
-        device,
-    )
-    denoiser = Preconditioned(network)
-    return Pretrained(lambda labels: denoiser, (3, 32, 32), device=torch.device(device), networks=(network,))
-
-
-def tiny(device: str = "cpu") -> Pretrained:
-    return mnist_tiny(device=device)
-
-
-def adm256(device: str = "cpu") -> Pretrained:
-    shared = {"image_size": 256, "in_channels": 3, "num_res_blocks": 2, "attention_resolutions": [8, 16, 32]}
-    shared |= {"num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True}
-    unet = {"model_channels": 256, "out_channels": 6, "channel_mult": [1, 1, 2, 2, 4, 4], "num_classes": 1000}
-    guide = {"model_channels": 128, "out_channels": 1000, "channel_mult": [1, 1, 2, 2, 4, 4], "pool": "attention"}
-    network = random_weights("guided_diffusion", shared | unet | {"num_heads": 4}, device)
-    classifier = random_weights("guided_diffusion_classifier", shared | guide, device)
-    seen = process(DiscreteVP.linear(), DiscreteTime())
-    return Pretrained(
-        lambda labels: NetworkDenoiser(lambda x, t: network(x, t, labels), "eps", seen),
-        (3, 256, 256),
-        num_classes=1000,
-        device=torch.device(device),
-        classifier=NoisyClassifier(classifier, seen),
-        networks=(network, classifier),
-    )
 
 
 class Stopwatch:
@@ -125,7 +79,7 @@ def overhead(device: str, _: Any) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, (make, batch, nfe, repeats, solvers) in sizes.items():
-        model = prepared(make(device), "fp32", False, False)
+        model = prepared(make(device))
         shares: dict[str, list[float]] = {solver: [] for solver in solvers}
         labels = torch.arange(batch, device=device) if model.num_classes else None
         for repeat in range(repeats + gpu):
@@ -148,20 +102,27 @@ def run_of(model: dict[str, Any], *overrides: str) -> Job:
 
 
 MNIST = {"name": "mnist_tiny", "_target_": "evodiff.models.mnist.mnist_tiny"}
-CIFAR = {"name": "edm_cifar10_size", "_target_": "bench.edm_cifar10"}
+CIFAR = {"name": "edm_cifar10_size", "_target_": "bench_networks.edm_cifar10"}
 
 
-def whole_run(job: Job) -> None:
-    """From nothing to shards, and to a score where there is a protocol, in a folder that is thrown away."""
+@contextmanager
+def thrown_away() -> Iterator[None]:
+    """Runs go to a folder that is removed at the end."""
     before = evodiff.run.RESULTS
     with tempfile.TemporaryDirectory() as folder:
         evodiff.run.RESULTS = Path(folder)
         try:
-            assert sample_run(job)
-            if job.protocol:
-                score_run(job)
+            yield
         finally:
             evodiff.run.RESULTS = before
+
+
+def whole_run(job: Job) -> None:
+    """From nothing to shards, and to a score where there is a protocol."""
+    with thrown_away():
+        assert sample_run(job)
+        if job.protocol:
+            score_run(job)
 
 
 def official_loop(official: tuple[Any, Any], model: Pretrained, images: int, batch: int, job: Job) -> None:
@@ -199,7 +160,7 @@ def pipeline(device: str, checkout: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (config, images, batch, extra) in cases.items():
         rates: dict[str, list[float]] = {"official-style loop": [], **{way: [] for way in ways}}
-        model = mnist_tiny(device=device) if config is MNIST else edm_cifar10(device)
+        model = tiny(device) if config is MNIST else edm_cifar10(device)
         given = [f"seeds=0-{images - 1}", f"batch={batch}", f"device={device}", *extra]
         jobs = {way: run_of(config, *given, *options) for way, options in ways.items()}
         for repeat in range(3 + gpu):
@@ -221,12 +182,15 @@ def formats(device: str, _: Any) -> dict[str, Any]:
     images, batch = (10_000, 1000) if gpu else (500, 250)
     found: dict[str, Any] = {"images": images, "batch": batch, "nfe": NFE}
     exact: tuple[Tensor, Moments] | None = None
+    ways = [(last, compiled, False) for compiled in (False, True) for last in (False, True)]
+    ways += [(last, True, True) for last in (False, True)] if gpu else []
     for precision in PRECISIONS if gpu else ("fp32", "bf16"):
-        for channels_last, compiled in ((False, False), (True, False), (False, True), (True, True)):
-            model = prepared(mnist_tiny(device=device), precision, channels_last, compiled)
+        for way in ways:
+            model = prepared(tiny(device), precision, *way)
             rate, x, moments = made_with(model, images, batch, device)
             exact = exact or (x, moments)
-            name = f"{precision}{', channels last' * channels_last}{', compiled' * compiled}"
+            named = zip((", channels last", ", compiled", ", CUDA graphs"), way, strict=True)
+            name = precision + "".join(text for text, used in named if used)
             found[name] = {
                 "images/s": rate,
                 "change of the images": ((x - exact[0]).norm() / exact[0].norm()).item(),
@@ -255,42 +219,67 @@ def made_with(model: Pretrained, images: int, batch: int, device: str) -> tuple[
     return batch / best, torch.cat(states), moments
 
 
+def evaluate(model: Pretrained, device: str, n: int) -> None:
+    """One evaluation of n images."""
+    denoise = model.denoiser(None)
+    with torch.no_grad():
+        denoise(torch.zeros(n, *model.shape, device=device), denoise.schedule.node(1.0))
+
+
 def batches(device: str, _: Any) -> dict[str, Any]:
-    """Network evaluations per second by batch size."""
-    gpu = device.startswith("cuda")
+    """Network evaluations per second by batch size, and the size that batch=auto finds."""
     found: dict[str, Any] = {}
-    cases = {
-        "mnist_tiny": (mnist_tiny(device=device), 512),
-        "EDM CIFAR-10 size": (edm_cifar10(device), 1024 if gpu else 16),
-    }
-    for name, (model, most) in cases.items():
-        model = prepared(model, "fp32", False, False)
-        found[name] = {}
-        size = 1
-        while size <= most:
-            x = torch.zeros(size, *model.shape, device=device)
-            denoise = model.denoiser(None)
-            node = denoise.schedule.node(1.0)
-            with torch.no_grad():
-                times = [seconds(device, denoise, x, node) for _ in range(6)]
-            found[name][str(size)] = size / min(times[1:])
-            size *= 2
+    cases = {"mnist_tiny": (tiny, 512), "EDM CIFAR-10 size": (edm_cifar10, 1024 if device.startswith("cuda") else 16)}
+    for name, (make, most) in cases.items():
+        call = partial(evaluate, prepared(make(device)), device)
+        sizes = [1 << i for i in range(most.bit_length())]
+        found[name] = {str(n): n / min([seconds(device, call, n) for _ in range(6)][1:]) for n in sizes}
+        found[name]["auto"] = automatic(call, most, device, synchronised_clock(device))
     return found
 
 
-def writing(device: str, _: Any) -> dict[str, Any]:
-    """A run that writes its shards, beside the same sampling that writes nothing."""
+def overlap(device: str, _: Any) -> dict[str, Any]:
+    """A run that writes its shards, beside the same sampling that writes nothing; and a score that reads them, beside
+    the same features of images in memory."""
     images = 20_000 if device.startswith("cuda") else 1000
-    job = run_of(MNIST, f"seeds=0-{images - 1}", "protocol=none", "shard=200", "batch=200", f"device={device}")
-    model = prepared(mnist_tiny(device=device), "fp32", False, False)
+    given = [f"seeds=0-{images - 1}", "shard=200", "batch=200", f"device={device}", "metrics=[fid]"]
+    job = run_of(MNIST, *given, "protocol=none")
+    model = prepared(tiny(device))
     ready, grid = job.run.plan(model)
 
     def sampling() -> None:
         for first in range(0, images, 200):
             generate(model.denoiser(None), ready, grid, range(first, first + 200), model.shape, device=device)
 
-    ratios = [seconds(device, whole_run, job) / seconds(device, sampling) for _ in range(4)]
-    return {"images": images, "shard": 200, "run / sampling alone": spread(ratios[1:])}
+    written = [seconds(device, whole_run, job) / seconds(device, sampling) for _ in range(4)]
+    found: dict[str, Any] = {"images": images, "shard": 200, "run / sampling alone": spread(written[1:])}
+
+    job = run_of(MNIST, *given, "protocol=mnist")
+    assert job.protocol
+    read = []
+    with thrown_away():
+        sample_run(job)
+        pixels = [torch.from_numpy(part) for (part,) in store_of(job).batches("images")]
+        for _ in range(4):
+            read.append(seconds(device, score_run, job) / seconds(device, score, pixels, job.protocol, device))
+            (job.run.folder / "score.json").unlink()
+    return found | {"score of files / of images in memory": spread(read[1:])}
+
+
+def threads(_: str, __: Any) -> dict[str, Any]:
+    """Network evaluations per second on the CPU by number of threads."""
+    allowed, found = torch.get_num_threads(), {}
+    counts = [n for n in range(1, allowed + 1) if n == allowed or n & (n - 1) == 0]
+    for name, make, batch in (("mnist_tiny", tiny, 250), ("EDM CIFAR-10 size", edm_cifar10, 4)):
+        model = prepared(make())
+        rates: dict[int, list[float]] = {n: [] for n in counts}
+        for _ in range(5):
+            for n in counts:
+                torch.set_num_threads(n)
+                rates[n].append(batch / seconds("cpu", evaluate, model, "cpu", batch))
+        found[name] = {"batch": batch} | {f"{n} threads": spread(values[1:]) for n, values in rates.items()}
+    torch.set_num_threads(allowed)
+    return found
 
 
 def start(device: str, _: Any) -> dict[str, Any]:
@@ -329,8 +318,7 @@ def large(device: str, _: Any) -> dict[str, Any]:
 
 
 def one_large_run(images: int, device: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        evodiff.run.RESULTS = Path(folder)
+    with thrown_away():
         job = Job.compose(["model=mixture", "model.shape=[3,32,32]", f"nfe={NFE}", f"seeds=0-{images - 1}",
                            "protocol=none", "metrics=[contrast]", f"device={device}"])  # fmt: skip
         held = memory("VmRSS")
@@ -351,7 +339,8 @@ PARTS: dict[str, Callable[[str, Path | None], dict[str, Any]]] = {
     "pipeline": pipeline,
     "formats": formats,
     "batches": batches,
-    "writing": writing,
+    "overlap": overlap,
+    "threads": threads,
     "start": start,
     "large": large,
 }

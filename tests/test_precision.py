@@ -12,9 +12,10 @@ from evodiff.models.analytic import GaussianMixture
 from evodiff.models.mnist import mnist_tiny
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import computing, prepared
-from evodiff.run import Job
+from evodiff.run import Job, store_of
 from evodiff.schedule import EDM
 
+WAYS = ([], ["precision=bf16"], ["channels_last=true"], ["compile=true"], ["compile=true", "cuda_graphs=true"])
 NODE = EDM().node(1.0)
 X = torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -47,7 +48,7 @@ def test_half_precision_changes_the_network_by_its_rounding_and_keeps_the_state(
 
 def test_channels_last_is_the_same_function(plain):
     assert relative(answer(channels_last=True), plain) < 1e-6
-    (network,) = prepared(mnist_tiny(), "fp32", True, False).networks
+    (network,) = prepared(mnist_tiny(), channels_last=True).networks
     weights = [p for p in network.parameters() if p.ndim == 4 and p.shape[2] > 1]
     assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
@@ -85,6 +86,22 @@ def test_a_classifier_computes_in_the_same_format_and_keeps_its_gradient():
     assert leaf.grad.norm() > 0
 
 
+def test_threads_are_as_many_as_asked_for_and_change_no_image(evodiff_command, results):
+    before = torch.get_num_threads()
+    run = ["run", "nfe=2", "solver=ddim", "metrics=[fid]", "device=cpu", "batch=4"]
+    try:
+        for seeds, threads in (("0-3", 2), ("0-4", 1)):
+            assert evodiff_command(*run, f"seeds={seeds}", f"threads={threads}")[0] == 0
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    jobs = [Job.compose(["nfe=2", "solver=ddim", f"seeds={seeds}"]) for seeds in ("0-3", "0-4")]
+    few, more = (store_of(job).first(4).astype(int) for job in jobs)
+    assert abs(few - more).max() <= 1
+    code, _, err = evodiff_command(*run, "threads=0")
+    assert code == 1 and "threads=0 is impossible: expected a number of threads, at least 1, or null." in err
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="precision=fp8 does not exist; possible: fp32, tf32, bf16, fp16"):
         answer("fp8")
@@ -92,7 +109,7 @@ def test_what_cannot_be_is_refused():
         answer("tf32")
     mixture = GaussianMixture(torch.zeros(1, 1, 2, 2), torch.ones(1), torch.ones(1), None)
     exact = Pretrained(lambda labels: mixture, shape=(1, 2, 2))
-    prepared(exact, "fp32", False, False)
+    prepared(exact, "fp32")
     with pytest.raises(ConfigError, match="precision=bf16 and channels_last=true: this model has no network"):
         prepared(exact, "bf16", True, False)
 
@@ -103,9 +120,47 @@ def test_without_a_compiler_compile_is_refused(monkeypatch):
         answer(compile=True)
 
 
+class OneBuffer:
+    """A network that, like a recorded CUDA graph, writes every result to the same memory."""
+
+    def __init__(self):
+        self.out, self.mode = torch.zeros(1), None
+
+    def compile(self, mode):
+        self.mode = mode
+
+    def __call__(self, x, node):
+        return self.out.copy_(x)
+
+
+def test_what_a_cuda_graph_returned_outlives_its_next_replay():
+    network = OneBuffer()
+    on_gpu = Pretrained(lambda labels: network, shape=(1,), device=torch.device("cuda"), networks=(network,))
+    denoise = prepared(on_gpu, compile=True, cuda_graphs=True).denoiser(None)
+    first, second = denoise(torch.ones(1), NODE), denoise(torch.full((1,), 2.0), NODE)
+    assert (first.item(), second.item()) == (1, 2)
+    assert network.mode == "reduce-overhead"
+    prepared(on_gpu, compile=True)
+    assert network.mode is None
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_graphs_elsewhere_are_refused(compile):
+    with pytest.raises(ConfigError, match="cuda_graphs=true needs compile=true and a CUDA device.* the device is cpu"):
+        prepared(mnist_tiny(), compile=compile, cuda_graphs=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_are_the_same_function(plain):
+    denoise = prepared(mnist_tiny(device="cuda"), compile=True, cuda_graphs=True).denoiser(None)
+    with torch.no_grad():
+        outs = [denoise(X.cuda() * k, NODE) for k in (1, 2, 1)]
+    assert relative(outs[0].cpu(), plain) < 1e-5 and torch.equal(outs[0], outs[2])
+
+
 def test_it_is_part_of_the_runs_name_and_of_its_record(evodiff_command, results):
-    keys = {Job.compose([*how]).run.key() for how in ([], ["precision=bf16"], ["channels_last=true"], ["compile=true"])}
-    assert len(keys) == 4
+    keys = {Job.compose([*how]).run.key() for how in WAYS}
+    assert len(keys) == len(WAYS)
     assert Job.compose(["precision=fp32", "compile=false"]).run.key() == Job.compose([]).run.key()
     run = ["run", "nfe=1", "solver=ddim", "seeds=0-3", "metrics=[fid]", "device=cpu"]
     for precision in ("fp32", "bf16"):

@@ -13,7 +13,7 @@ from evodiff import published, text
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
-from evodiff.plots import mosaic, save_grid
+from evodiff.pictures import mosaic, save_grid
 from evodiff.report import Table
 from evodiff.text import show
 from evodiff.trajectory import trajectory

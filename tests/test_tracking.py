@@ -11,7 +11,7 @@ import evodiff.run
 from evodiff import tracking
 from evodiff.dashboard import report
 from evodiff.errors import ConfigError
-from evodiff.plots import save_grid
+from evodiff.pictures import save_grid
 from evodiff.record import Record
 from evodiff.tracking import WandB, as_table
 
