@@ -243,9 +243,9 @@ def current_record(job: Job, run: Run | None = None) -> Record | None:
         record = Record.read(path)
     except StoreError:  # of another version, or damaged: scored anew
         return None
-    expected = (job.protocol.describe() if job.protocol else None, store.digests, reference)
-    asked_before = {*job.metrics} <= {*record.asked}
-    return record if asked_before and (record.protocol, record.shards, record.reference_run) == expected else None
+    expected = (job.protocol.describe() if job.protocol else None, store.digests)
+    asked_before = {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
+    return record if asked_before and (record.protocol, record.shards) == expected else None
 
 
 def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:

@@ -136,6 +136,11 @@ class Verdict:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
+    def scatter(self) -> float | None:
+        """The standard deviation of one run: between ours, or of a single one by the jackknife."""
+        return self.sd if self.sd is not None else self.standard_error if self.values else None
+
+    @property
     def confidence(self) -> float | None:
         """Half the width of the mean's 95 % interval: Student's between runs, or from one run's standard error."""
         if self.sd is not None:

@@ -19,7 +19,7 @@ from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
 from evodiff.plots import Curve
 from evodiff.published import Published, Verdict, matching, read, unmatched
-from evodiff.record import Record
+from evodiff.record import AGAINST_REFERENCE, Record
 from evodiff.run import Job, Run
 from evodiff.tracking import Tracker
 
@@ -203,12 +203,16 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics of the records, the main one first; errors stand beside what they are of."""
+        """The names of the metrics of the records, the main one first; errors stand beside what they are of.
+
+        A run may be in two tables, and its record then has the distance to a reference run for one that asks for none.
+        """
         found = dict.fromkeys(
             name
             for record in self.records.values()
             for name in self.measures(record)
             if not name.split("@")[0].endswith(("_se", "_std"))
+            and (name.split("@")[0] not in AGAINST_REFERENCE or self.references)
         )
         if not found and self.metric is not None:
             found = {f"{self.main_metric}@{self.images}": None}

@@ -41,9 +41,9 @@ def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
     digits = verdict.paper.decimals if verdict.paper is not None else None
     ours = show(verdict.ours) if digits is None else f"{verdict.ours:.{digits}f}"
     spread = ""
-    if verdict.sd is not None:
-        wide = digits is not None and verdict.sd >= 10.0**-digits
-        spread = f"±{verdict.sd:.{digits}f}" if wide else f"±{verdict.sd:.1g}"
+    if verdict.scatter is not None:
+        wide = digits is not None and verdict.scatter >= 10.0**-digits
+        spread = f"±{verdict.scatter:.{digits}f}" if wide else f"±{verdict.scatter:.1g}"
     return f"{ours}{spread}{MARKS.get(verdict.state, '')}{paper}"
 
 
@@ -57,6 +57,8 @@ def markdown(table: "Table") -> str:
         for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
+        if any(v.scatter is not None for v in table.verdicts(metric).values()):
+            notes.append("± the standard deviation of one run, between sets of seeds or by the jackknife")
         if any(v.paper for v in table.verdicts(metric).values()):
             notes.append("in brackets the paper's; * beyond the tolerance, † proxy of fewer images, – not run")
         parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))
@@ -114,7 +116,7 @@ def table_csv(table: "Table") -> str:
             done = [records[row, nfe, k] for k in range(len(cell.jobs)) if (row, nfe, k) in records]
             paper = [v.paper.value, v.paper.confidence, v.paper.cite] if v.paper else ["", "", ""]
             writer.writerow(
-                [row, nfe, metric, _digits(v.ours), _digits(v.sd), len(v.values), table.images]
+                [row, nfe, metric, _digits(v.ours), _digits(v.scatter), len(v.values), table.images]
                 + [round(sum(r.seconds for r in done), 3) if done else "", *paper]
                 + [_digits(v.difference), _digits(v.tolerance), v.state, " ".join(r.key for r in done)]
             )

@@ -1,12 +1,14 @@
 """Published numbers, how they are found, and what is within their tolerance."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
 
 from evodiff.errors import ConfigError
 from evodiff.published import FOLDER, MIN_OF_3, RELATIVE_SD, Published, Verdict, matching, read, unmatched
+from evodiff.text import ours_and_paper
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.csv"))
 
@@ -114,6 +116,13 @@ def test_two_equal_procedures_differ_beyond_the_tolerance_in_one_case_of_twenty(
     assumed = [Verdict((float(d[1:].mean()),) * 3, 50_000, False, p).tolerance for d in draws[:1]][0]
     beyond = np.abs(draws[:, 0] - draws[:, 1:].mean(axis=1)) > assumed
     assert beyond.mean() == pytest.approx(0.0455, abs=0.005)
+
+
+def test_one_runs_scatter_is_its_standard_error():
+    alone, several = Verdict((12.84,), 1000, False, None, 0.31), Verdict((12.0, 14.0), 1000, False, None, 0.31)
+    assert (alone.scatter, ours_and_paper(alone)) == (0.31, "12.8±0.3")
+    assert (several.scatter, ours_and_paper(several)) == (math.sqrt(2), "13.0±1")
+    assert Verdict((), 1000, False, None, None).scatter is None
 
 
 def test_confidence_is_students_between_runs():

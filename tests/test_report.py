@@ -78,6 +78,15 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     assert table.records["DDIM", 5, 0].metrics["rmse@16"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
 
 
+def test_a_record_with_more_serves_a_table_that_asks_for_less(small, results):
+    small().make()
+    scores = bytes_of(results / "runs", "score.json")
+    without = small(base=["model=mixture", "protocol=none", "seeds=0-15", "shard=8", "batch=8", "metrics=[contrast]"])
+    assert without.make() == 0
+    assert bytes_of(results / "runs", "score.json") == scores
+    assert (small().metrics, without.metrics) == (["rmse@16", "contrast@16"], ["contrast@16"])
+
+
 def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
     assert small({"DDIM": ["solver=ddim"], "Heun": ["solver=heun"]}).make() == 1
     out, err = capsys.readouterr()
