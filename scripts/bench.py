@@ -36,7 +36,7 @@ from evodiff.metrics.score import score
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import RESULTS
 from evodiff.precision import PRECISIONS, prepared
-from evodiff.run import Job, store_of
+from evodiff.run import DTYPES, Job, store_of
 from evodiff.sampling import generate
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
@@ -70,11 +70,12 @@ class Stopwatch:
 
 
 def overhead(device: str, _: Any) -> dict[str, Any]:
-    """Time outside the network, relative to the time in it, of everything from seeds to uint8 images."""
-    gpu = device.startswith("cuda")
+    """Time outside the network, relative to the time in it, of everything from seeds to uint8 images; the state is in
+    float64 unless it says otherwise."""
+    gpu, solvers = device.startswith("cuda"), (*MAIN, "evodiff dtype=float32")
     sizes: dict[str, tuple[Callable[[str], Pretrained], int, int, int, tuple[str, ...]]] = {
-        "mnist_tiny": (tiny, 500 if gpu else 100, NFE, 5, MAIN),
-        "EDM CIFAR-10 size": (edm_cifar10, 256 if gpu else 4, NFE if gpu else 5, 5 if gpu else 3, MAIN),
+        "mnist_tiny": (tiny, 500 if gpu else 100, NFE, 5, solvers),
+        "EDM CIFAR-10 size": (edm_cifar10, 256 if gpu else 4, NFE if gpu else 5, 5 if gpu else 3, solvers),
         "ADM ImageNet-256 size, guided": (adm256, 8 if gpu else 1, NFE if gpu else 2, 3 if gpu else 2, MAIN[1::3]),
     }
     found: dict[str, Any] = {}
@@ -84,11 +85,12 @@ def overhead(device: str, _: Any) -> dict[str, Any]:
         labels = torch.arange(batch, device=device) if model.num_classes else None
         for repeat in range(repeats + gpu):
             for solver in solvers:
-                run = Job.compose([f"solver={solver}", f"nfe={nfe}", "device=cpu"]).run
+                run = Job.compose([*f"solver={solver}".split(), f"nfe={nfe}", "device=cpu"]).run
                 ready, grid = run.plan(model)
                 denoiser = Classifier(2.0)(model, labels) if labels is not None else model.denoiser(None)
                 watch = Stopwatch(denoiser, device)
-                taken = seconds(device, generate, watch, ready, grid, range(batch), model.shape, device=device)
+                how = {"device": device, "dtype": DTYPES[run.dtype]}
+                taken = seconds(device, generate, watch, ready, grid, range(batch), model.shape, **how)
                 if repeat >= gpu:  # on a GPU the first time chooses kernels
                     shares[solver].append(taken / watch.total() - 1)
         found[name] = {"batch": batch, "nfe": nfe} | {solver: spread(values) for solver, values in shares.items()}

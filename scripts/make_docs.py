@@ -11,12 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from evodiff import published, text
 from evodiff.api import named_solver
 from evodiff.config import choices, compose
 from evodiff.files import whole_file
+from evodiff.grid import LogSNR, grid_for
 from evodiff.paths import RESULTS, ROOT
 from evodiff.report import Table
+from evodiff.sampling import integrate
+from evodiff.schedule import EDM, Node
 from evodiff.verify import orders
 
 DOCS = ROOT / "docs"
@@ -154,6 +160,29 @@ def weights() -> str:
     return "\n".join(lines)
 
 
+class Unchanging:
+    """A network that gives the same answer everywhere: 1."""
+
+    schedule = EDM()
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        return torch.ones_like(x)
+
+
+def last_step(budgets: Iterable[int] = (5, 8, 10, 12, 15, 16, 17, 20, 25, 50)) -> str:
+    """What EVODiff makes of an answer that no longer changes."""
+    lines = ["| NFE | kappa_t / kappa_s of the last step | released | euler |", "|---:|---:|---:|---:|"]
+    for nfe in budgets:
+        gains = []
+        for final in ("released", "euler"):
+            solver = named_solver("evodiff", final=final)
+            grid = grid_for(nfe, solver, LogSNR(), EDM())
+            gains.append(integrate(solver, Unchanging(), torch.zeros(1, 1, 1, 1).double(), grid).item())
+        q = grid.nodes[-1].kappa / grid.nodes[-2].kappa
+        lines.append(f"| {nfe} | {q:.3f} | {gains[0]:.3f} | {gains[1]:.3f} |")
+    return "\n".join(lines)
+
+
 def one_step() -> str:
     """What the right half of docs/figures/one_step.svg shows."""
     found = json.loads(METHOD.read_text())["one_step"]["steps"]
@@ -183,7 +212,7 @@ def traces() -> str:
 
 
 MEASURED: dict[str, dict[str, Callable[[], str]]] = {
-    "method.md": {"one step": one_step, "weights": weights, "traces": traces},
+    "method.md": {"one step": one_step, "weights": weights, "last step": last_step, "traces": traces},
     "reproduces.md": {"convergence": convergence, "baselines": baselines},
 }
 """Parts of pages between `<!-- measured: NAME -->` and `<!-- end of measured -->`."""
