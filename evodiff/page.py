@@ -19,6 +19,7 @@ EXPLAINED = {
     "classifier. Lower is better. It is not FID. It sees the model's bias as well as the solver's error.",
     "rmse": "Root mean square distance, over pixels in [-1, 1], to the converged solution of the probability-flow ODE "
     "from the same seeds. Lower is better. It sees the solver's error alone.",
+    "saturated": "Share of pixels at 0 or 255: what a solver pushes beyond the range ends there.",
     "contrast": "Mean standard deviation of an image's pixels, in grey levels: a solver that adds contrast shows here.",
     "fid": "Fréchet Inception distance under the protocol named below. Lower is better.",
     "is": "Inception Score. Higher is better.",

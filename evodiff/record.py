@@ -76,9 +76,16 @@ def contrast(store: SampleStore) -> float:
     return float(np.concatenate(stds).mean())
 
 
+def saturated(store: SampleStore) -> float:
+    """The share of values that are 0 or 255: what lies beyond the range ends there."""
+    parts = [((images == 0) | (images == 255)).mean((1, 2, 3)) for (images,) in store.batches("images")]
+    return float(np.concatenate(parts).mean())
+
+
 AGAINST_REFERENCE: dict[str, Callable[[SampleStore, SampleStore], float]] = {"rmse": rmse, "sw": sliced_wasserstein}
 """Distances of the states to those of the reference run, which both have to keep."""
-OF_IMAGES: dict[str, Callable[[SampleStore], float]] = {"contrast": contrast}
+OF_IMAGES: dict[str, Callable[[SampleStore], float]] = {"contrast": contrast, "saturated": saturated}
+"""What describes images and is neither good nor bad."""
 
 
 def recut(parts: Iterator[tuple[np.ndarray, ...]], size: int = 500) -> Iterator[tuple[np.ndarray, ...]]:

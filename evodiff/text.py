@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from evodiff.published import Verdict
+from evodiff.record import OF_IMAGES
 
 if TYPE_CHECKING:
     from evodiff.cells import Cell
@@ -23,9 +24,9 @@ def show(value: float) -> str:
 
 
 def best(table: "Table", metric: str) -> set[tuple[str, int]]:
-    """Cells that are best in their column of more than one; contrast has no best."""
+    """Cells that are best in their column of more than one; what only describes images has no best."""
     prefix = metric.split("@")[0]
-    if prefix == "contrast":
+    if prefix in OF_IMAGES:
         return set()
     ours = {place: v.mean for place, v in table.verdicts(metric).items() if v.values}
     choose = max if prefix.startswith(HIGHER) else min
