@@ -1,6 +1,7 @@
 """What the README shows is run as it stands there."""
 
 import csv
+import json
 import re
 import sys
 import types
@@ -10,6 +11,7 @@ from test_solvers_common import BUDGETS, RANGES, errors, slope
 
 from evodiff.cli import COMMANDS
 from evodiff.config import build, choices, compose
+from evodiff.data import mnist_digits
 from evodiff.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -50,7 +52,7 @@ def test_every_link_leads_somewhere():
 
 
 def test_the_numbers_beside_the_figure_are_those_of_the_records():
-    told = README.partition("Ten thousand images")[2].partition("## Start")[0]
+    told = " ".join(README.partition("Ten thousand images")[2].partition("## Start")[0].split())
     tables = ROOT / "results" / "tables"
     cells = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in rows(tables / "mnist" / "table.csv")}
     matched = {(r["solver"], r["nfe"]): r for r in rows(tables / "mnist" / "matched.csv")}
@@ -63,12 +65,23 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
         assert f"from {plain:.1f} to {gained:.1f}" in told
     assert f"beside {float(matched['EVODiff', '10']['matched']):.1f} for EVODiff" in told
     euler, released = (parts[row, "10", "fd_mnist@10000"] for row in ("plain Euler at the end", "as released"))
-    assert f"scores {euler:.1f} in place of\n{released:.1f}," in told
-    for nfe, best in (("5", "UniPC-3"), ("6", "DPM-Solver++ 3M"), *((str(n), "EVODiff") for n in (7, 8, 10, 15, 25))):
+    assert f"scores {euler:.1f} in place of {released:.1f}," in told
+    jump = (cells["EVODiff", nfe, "fd_mnist@10000"] for nfe in ("15", "16"))
+    assert "{:.1f} to {:.1f}.".format(*jump) in told
+    images, _ = mnist_digits()
+    black_or_white = ((images == 0) | (images == 255)).double().mean()
+    assert f"real digits {black_or_white:.0%} are".replace("%", " %") in told
+    (converged,) = [r for r in records(tables / "mnist") if r["run"]["solver"]["name"] == "heun"]
+    assert f"the converged samples {converged['metrics']['saturated@10000']:.0%},".replace("%", " %") in told
+    for nfe, best in (("5", "UniPC-3"), ("6", "DPM-Solver++ 3M"), *((str(n), "EVODiff") for n in range(7, 26))):
         column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "fd_mnist@10000")}
         assert min(column, key=column.get) == best
         column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "rmse@10000")}
         assert min(column, key=column.get) != "EVODiff"
+
+
+def records(folder):
+    return [json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))]
 
 
 def rows(path):
