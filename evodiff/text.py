@@ -3,7 +3,7 @@
 import csv
 import io
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evodiff.published import Verdict
@@ -44,14 +44,14 @@ def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
     spread = ""
     if verdict.scatter is not None:
         wide = digits is not None and verdict.scatter >= 10.0**-digits
-        spread = f"±{verdict.scatter:.{digits}f}" if wide else f"±{verdict.scatter:.1g}"
+        spread = f"±{verdict.scatter:.{digits}f}" if wide else f"±{float(f'{verdict.scatter:.1g}'):g}"
     return f"{ours}{spread}{MARKS.get(verdict.state, '')}{paper}"
 
 
-def markdown(table: "Table") -> str:
-    """One table for each metric, their levels, and what was done."""
+def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
+    """One table for each metric (all, if they are not named), their levels, and what was done."""
     parts = []
-    for metric in table.metrics:
+    for metric in table.metrics if metrics is None else metrics:
         lines = [f"| {metric} | " + " | ".join(f"NFE {n}" for n in table.nfe) + " |"]
         lines.append("|---" + "|---:" * len(table.nfe) + "|")
         missing = "missing" if table.metric is None else "–"

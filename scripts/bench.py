@@ -357,9 +357,9 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     if not any(device.startswith("cuda") for device in found):
         lines += [
-            "**No figure of a GPU is recorded here yet.** Missing are: the time outside the network on a GPU; images per "
-            "second beside the official-style loop there, in fp32 and in bf16; and what tf32, fp16, compilation and CUDA "
-            "graphs bring. `python scripts/bench.py --device cuda --official PATH` takes them.",
+            "**No figure of a GPU is recorded here yet.** Missing are: the time outside the network on a GPU; images "
+            "per second beside the official-style loop there, in fp32 and in bf16; and what tf32, fp16, compilation "
+            "and CUDA graphs bring. `python scripts/bench.py --device cuda --official PATH` takes them.",
             "",
         ]
     for device, parts in found.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from docs_reading import reading
 from torch import Tensor
 
 from evodiff import published, text
@@ -29,7 +30,9 @@ DOCS = ROOT / "docs"
 METHOD = DOCS / "figures" / "method.json"
 BEGIN, END = "<!-- measured: {} -->", "<!-- end of measured -->"
 
-SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
+LONG = 20
+"""Rows above which a table has two metrics and no figures on results.md."""
+SHOWN = (5, 8, 10, 12, 15, 16, 20, 25)
 """NFE of a table on results.md, where it has more than eight."""
 
 RESULTS_TOP = """\
@@ -43,7 +46,7 @@ protocol is in [Protocols](protocols.md).
 
 
 def results_page() -> str:
-    parts = [RESULTS_TOP]
+    parts = [RESULTS_TOP, reading()]
     for name in choices("table"):
         folder = RESULTS / "tables" / name
         if name not in ("demo", "smoke") and (folder / "records").is_dir():
@@ -58,14 +61,19 @@ def section(table: Table) -> str:
     rows = {name: replace(row, nfe=tuple(n for n in row.nfe if n in shown)) for name, row in table.rows.items()}
     part = replace(table, rows=rows)
     folder = Path("../results/tables") / table.name
-    lines = [f"## {table.title}\n", text.markdown(part)]
+    long = len(table.rows) > LONG
+    metrics = part.metrics[:2] if long else part.metrics
+    lines = [f"## {table.title}\n", text.markdown(part, metrics)]
     lines += [f"- {leaders(part, metric)}" for metric in part.metrics if text.best(part, metric)]
     lines.append("")
     if left := len(done - shown):
         lines.append(f"{left} more columns are in `results/tables/{table.name}/table.md`.\n")
     if left := len(table.nfe) - len(done):
         lines.append(f"{left} of the {len(table.nfe)} columns of this table have not been made yet.\n")
-    for metric in part.metrics:
+    if long:
+        shown_not = ", ".join(f"`{metric}`" for metric in part.metrics[2:])
+        lines.append(f"{shown_not}, and the figures of so many rows, are in `results/tables/{table.name}/`.\n")
+    for metric in () if long else part.metrics:
         if (ROOT / "results/tables" / table.name / f"{table.stem(metric)}.png").exists():
             lines.append(f"![{metric} against NFE]({folder}/{table.stem(metric)}.png)\n")
     return "\n".join([*lines, *matched(table, shown)])

@@ -121,6 +121,7 @@ def test_two_equal_procedures_differ_beyond_the_tolerance_in_one_case_of_twenty(
 def test_one_runs_scatter_is_its_standard_error():
     alone, several = Verdict((12.84,), 1000, False, None, 0.31), Verdict((12.0, 14.0), 1000, False, None, 0.31)
     assert (alone.scatter, ours_and_paper(alone)) == (0.31, "12.8±0.3")
+    assert ours_and_paper(Verdict((412.0,), 1000, False, None, 23.0)) == "412±20"
     assert (several.scatter, ours_and_paper(several)) == (math.sqrt(2), "13.0±1")
     assert Verdict((), 1000, False, None, None).scatter is None
 
