@@ -72,7 +72,8 @@ def section(table: Table) -> str:
         lines.append(f"{left} of the {len(table.nfe)} columns of this table have not been made yet.\n")
     if long:
         shown_not = ", ".join(f"`{metric}`" for metric in part.metrics[2:])
-        lines.append(f"{shown_not}, and the figures of so many rows, are in `results/tables/{table.name}/`.\n")
+        lines.append(f"{shown_not}, and figures of so many rows, are in `results/tables/{table.name}/`;")
+        lines.append(f"`evodiff report {table.name}` makes its `report.html`.\n")
     for metric in () if long else part.metrics:
         if (ROOT / "results/tables" / table.name / f"{table.stem(metric)}.png").exists():
             lines.append(f"![{metric} against NFE]({folder}/{table.stem(metric)}.png)\n")
