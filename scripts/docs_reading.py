@@ -195,18 +195,19 @@ compensation: its error is the larger one on each of the three.
 
 def _solvers() -> Iterable[str]:
     every = Numbers("mnist_solvers")
-
-    def first(metric: str, nfe: int) -> str:
-        return ", ".join(f"`{row}` {show(v.mean)}" for row, v in [*every.column(metric, nfe).items()][:4])
-
-    told = [f"at {nfe}, by distance {first('fd', nfe)}; by error {first('rmse', nfe)}" for nfe in every.table.nfe]
-    ranks = [[*every.column(metric, nfe)].index("evodiff") + 1 for nfe in every.table.nfe for metric in ("fd", "rmse")]
-    by_distance, by_error = (", ".join(map(str, ranks[i::2])) for i in (0, 1))
+    lines = ["| NFE | first by distance | first by error | `evodiff` is number |", "|---:|---|---|---|"]
+    for nfe in every.table.nfe:
+        columns = [[*every.column(metric, nfe).items()] for metric in ("fd", "rmse")]
+        first = [", ".join(f"`{row}` {show(verdict.mean)}" for row, verdict in column[:4]) for column in columns]
+        by_distance, by_error = ([row for row, _ in column].index("evodiff") + 1 for column in columns)
+        place = f"{by_distance} by distance, {by_error} by error, of {len(columns[0])}"
+        lines.append(f"| {nfe} | {' | '.join(first)} | {place} |")
+    scatter = every.verdicts["fd"]["evodiff", 10].scatter
     yield f"""\
-**All solvers on the trained model** ({every.table.images:,} images, a set of seeds of its own). The first four
-{". ".join(told).replace("at 5", "at 5 evaluations", 1)}. Of the {len(every.table.rows)}, `evodiff` is number
-{by_distance} by distance and {by_error} by error.
+**All solvers on the trained model.** {every.table.images:,} images, a set of seeds of its own, on which a distance of
+ten has a standard deviation of {scatter:.1g} or so:
 """
+    yield "\n".join(lines)
 
 
 def _oracle() -> Iterable[str]:
