@@ -109,13 +109,13 @@ class Table:
         whole = self.seeds or (job.run.seed_range,)
         return [seeds if self.limit is None else seeds[: self.limit] for seeds in whole]
 
-    @property
+    @cached_property
     def jobs(self) -> dict[tuple[str, int, int], Job]:
         """Every run by (row, NFE, k), k the range of seeds; all cells of the first range come first."""
         found = {(c.row, c.nfe, k): job for c in self.cells.values() for k, job in enumerate(c.jobs)}
         return dict(sorted(found.items(), key=lambda item: item[0][2]))
 
-    @property
+    @cached_property
     def references(self) -> dict[str, tuple[Job, Run]]:
         """By key, the converged runs that the cells' rmse compares with, and a job that can make each."""
         found: dict[str, tuple[Job, Run]] = {}

@@ -14,7 +14,7 @@ from torch import nn
 
 import evodiff
 from evodiff.data import mnist_digits
-from evodiff.plots import save_grid
+from evodiff.pictures import save_grid
 from evodiff.schedule import Flow
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import evodiff
-from evodiff.plots import save_grid
+from evodiff.pictures import save_grid
 
 SOLVERS = ("ddim", "dpmpp_3m", "evodiff")
 
