@@ -5,13 +5,16 @@ Fréchet distance. So every cell is scored again as g x before clipping, with th
 other seeds than it is reported on.
 """
 
-from collections.abc import Iterable, Sequence
+import csv
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from evodiff.errors import ConfigError
+from evodiff.files import whole_file
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.score import score
 from evodiff.record import recut
@@ -30,6 +33,24 @@ class Matched:
     plain: float
     gain: float
     matched: float
+
+
+def read_matched(path: Path) -> dict[str, Matched]:
+    """matched.csv by the run's key; empty if it is not there."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            line["run"]: Matched(int(line["images"]), *(float(line[key]) for key in ("plain", "gain", "matched")))
+            for line in csv.DictReader(file)
+        }
+
+
+def write_matched(path: Path, cells: Mapping[tuple[str, int, str], Matched]) -> None:
+    """matched.csv from (row, NFE, the run's key)."""
+    lines = [[row, nfe, m.n, m.plain, m.gain, m.matched, key] for (row, nfe, key), m in cells.items()]
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([["solver", "nfe", "images", "plain", "gain", "matched", "run"], *lines])
 
 
 def contrast_matched(

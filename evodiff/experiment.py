@@ -208,7 +208,8 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         if reference and name in AGAINST_REFERENCE:
             metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(job, reference))
         elif name in OF_IMAGES:
-            metrics[f"{name}@{n}"] = OF_IMAGES[name](store)
+            values = [OF_IMAGES[name](images) for (images,) in store.batches("images")]
+            metrics[f"{name}@{n}"] = float(np.concatenate(values).mean())
     nfe = max(shard.nfe for shard in store.shards)
     record = Record(
         key=run.key(),

@@ -70,22 +70,20 @@ def sliced_wasserstein(store: SampleStore, reference: SampleStore) -> float:
     return wasserstein_of_columns(a, b)
 
 
-def contrast(store: SampleStore) -> float:
-    """Mean over images of the standard deviation of their pixels, in grey levels."""
-    stds = [images.reshape(len(images), -1).std(axis=1, dtype=np.float64) for (images,) in store.batches("images")]
-    return float(np.concatenate(stds).mean())
+def contrast(images: np.ndarray) -> np.ndarray:
+    """Standard deviation of each image's pixels, in grey levels: uint8 [N, C, H, W] -> [N]."""
+    return images.reshape(len(images), -1).std(axis=1, dtype=np.float64)
 
 
-def saturated(store: SampleStore) -> float:
-    """The share of values that are 0 or 255: what lies beyond the range ends there."""
-    parts = [((images == 0) | (images == 255)).mean((1, 2, 3)) for (images,) in store.batches("images")]
-    return float(np.concatenate(parts).mean())
+def saturated(images: np.ndarray) -> np.ndarray:
+    """Share of each image's values that are 0 or 255, where ends what lies beyond the range: [N, C, H, W] -> [N]."""
+    return ((images == 0) | (images == 255)).mean((1, 2, 3))
 
 
 AGAINST_REFERENCE: dict[str, Callable[[SampleStore, SampleStore], float]] = {"rmse": rmse, "sw": sliced_wasserstein}
 """Distances of the states to those of the reference run, which both have to keep."""
-OF_IMAGES: dict[str, Callable[[SampleStore], float]] = {"contrast": contrast, "saturated": saturated}
-"""What describes images and is neither good nor bad."""
+OF_IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"contrast": contrast, "saturated": saturated}
+"""What describes images and is neither good nor bad; of a run, the mean."""
 
 
 def recut(parts: Iterator[tuple[np.ndarray, ...]], size: int = 500) -> Iterator[tuple[np.ndarray, ...]]:

@@ -3,7 +3,6 @@
 `python scripts/make_docs.py --check` only compares, and exits with 1 if a page is not current.
 """
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 from evodiff import published, text
 from evodiff.api import named_solver
 from evodiff.config import choices, compose
+from evodiff.contrast import read_matched
 from evodiff.files import whole_file
 from evodiff.grid import LogSNR, grid_for
 from evodiff.paths import RESULTS, ROOT
@@ -91,24 +91,17 @@ gain, the gain in brackets, and the distance without. Made by `python scripts/co
 
 def matched(table: Table, shown: set[int]) -> list[str]:
     """The part of a table on matched contrast, if its matched.csv is there."""
-    path = table.folder / "matched.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        cells = {(line["solver"], int(line["nfe"])): line for line in csv.DictReader(file)}
+    found = read_matched(table.folder / "matched.csv")
+    cells = {(row, nfe): found[key] for (row, nfe, _), key in table.keys.items() if key in found}
     if not cells:
         return []
-
-    def show(number: str) -> str:
-        return text.show(float(number))
-
     columns = sorted(shown & {nfe for _, nfe in cells})
-    images = next(iter(cells.values()))["images"]
+    images = next(iter(cells.values())).n
     lines = [MATCHED.format(table=table.config, images=images), "| | " + " | ".join(f"NFE {n}" for n in columns) + " |"]
     lines.append("|---" + "|---:" * len(columns) + "|")
     for row in table.rows:
-        found = [cells.get((row, n)) for n in columns]
-        told = [f"{show(c['matched'])} ({float(c['gain']):g}), {show(c['plain'])}" if c else "" for c in found]
+        here = [cells.get((row, n)) for n in columns]
+        told = [f"{text.show(c.matched)} ({c.gain:g}), {text.show(c.plain)}" if c else "" for c in here]
         lines.append(f"| {row} | " + " | ".join(told) + " |")
     return [*lines, ""]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evodiff.contrast import contrast_matched
+from evodiff.contrast import Matched, contrast_matched, read_matched, write_matched
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, StoreError
 from evodiff.metrics.protocol import protocol
@@ -55,3 +55,14 @@ def test_without_states_it_says_what_to_do(tmp_path):
         contrast_matched(store_with(tmp_path, {"images": images}), MNIST)
     with pytest.raises(ConfigError, match="has 3 images"):
         contrast_matched(store_with(tmp_path / "few", {"x": np.zeros((3, 1, 32, 32))}, 3), MNIST)
+
+
+def test_matched_cells_come_back_by_the_key_of_their_run(tmp_path):
+    path, cell = tmp_path / "matched.csv", Matched(200, 48.51234567890123, 1.25, 14.9)
+    assert read_matched(path) == {}
+    write_matched(path, {("UniPC-3", 10, "abc"): cell})
+    assert read_matched(path) == {"abc": cell}
+    assert path.read_text().splitlines() == [
+        "solver,nfe,images,plain,gain,matched,run",
+        "UniPC-3,10,200,48.51234567890123,1.25,14.9,abc",
+    ]
