@@ -26,7 +26,9 @@ class GaussianMixture:
         stds, weights = self.stds.to(x.device, x.dtype), self.weights.to(x.device, x.dtype)
         flat = x.flatten(1)
         v = node.alpha**2 * stds**2 + node.sigma**2
-        square = torch.cdist(flat, node.alpha * means, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        # |x|^2 - 2 x.mu + |mu|^2 is one matrix product, but in float32 it cancels what a small v then amplifies.
+        mode = "use_mm_for_euclid_dist" if x.dtype == torch.float64 else "donot_use_mm_for_euclid_dist"
+        square = torch.cdist(flat, node.alpha * means, compute_mode=mode) ** 2
         w = torch.softmax(weights.log() - 0.5 * flat.shape[1] * v.log() - 0.5 * square / v, dim=1)
         gain = node.alpha * stds**2 / v
         D = (w @ (means * (1 - gain * node.alpha)[:, None])) + (w @ gain)[:, None] * flat
