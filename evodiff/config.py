@@ -29,31 +29,32 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     The chosen file of each group is kept as its `name`. Raises ConfigError, naming the nearest valid key or choice.
     """
-    cfg = _compose(root, tuple(overrides)).copy()
-    return named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices))
+    return _compose(root, tuple(overrides))[0].copy()
 
 
 def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:
     """What Hydra itself is told by the same configuration and overrides: its launcher and sweeper."""
-    return _compose(root, tuple(overrides)).hydra.copy()
+    return _compose(root, tuple(overrides))[1].copy()
 
 
 @cache
-def _compose(root: str, overrides: tuple[str, ...]) -> DictConfig:
+def _compose(root: str, overrides: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+    """Our part and Hydra's."""
     publish_solvers()
     outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             register_launchers()  # in here, for Hydra registers its own whenever it begins
-            return hydra_compose(root, list(overrides), return_hydra_config=True)
+            cfg = hydra_compose(root, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(root, overrides, e)) from e
     finally:
         Singleton.set_state(outer)
+    return _named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices)), cfg.hydra
 
 
-def named(cfg: DictConfig, choices: Any) -> DictConfig:
+def _named(cfg: DictConfig, choices: Any) -> DictConfig:
     """The configuration without Hydra's own part, with the chosen file of each group as its `name`."""
     OmegaConf.set_readonly(cfg, False)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])

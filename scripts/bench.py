@@ -15,32 +15,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench_networks import adm256, edm_cifar10, tiny
+from bench_models import adm256, edm_cifar10, tiny
+from bench_network import NFE, batches, formats, threads
 from torch import Tensor
 
 import evodiff.run
-from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
 from evodiff.experiment import sample_run, score_run
 from evodiff.guidance import Classifier
-from evodiff.metrics.features import extractor
-from evodiff.metrics.frechet import frechet_distance
-from evodiff.metrics.moments import Moments
 from evodiff.metrics.score import score
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import RESULTS
-from evodiff.precision import PRECISIONS, prepared
+from evodiff.precision import prepared
 from evodiff.run import DTYPES, Job, store_of
 from evodiff.sampling import generate
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
-NFE = 10
 
 
 class Stopwatch:
@@ -104,7 +99,7 @@ def run_of(model: dict[str, Any], *overrides: str) -> Job:
 
 
 MNIST = {"name": "mnist_tiny", "_target_": "evodiff.models.mnist.mnist_tiny"}
-CIFAR = {"name": "edm_cifar10_size", "_target_": "bench_networks.edm_cifar10"}
+CIFAR = {"name": "edm_cifar10_size", "_target_": "bench_models.edm_cifar10"}
 
 
 @contextmanager
@@ -178,68 +173,6 @@ def pipeline(device: str, checkout: Path | None) -> dict[str, Any]:
     return found
 
 
-def formats(device: str, _: Any) -> dict[str, Any]:
-    """Number formats, memory layout and compilation: images per second, memory, and what they do to the images."""
-    gpu = device.startswith("cuda")
-    images, batch = (10_000, 1000) if gpu else (500, 250)
-    found: dict[str, Any] = {"images": images, "batch": batch, "nfe": NFE}
-    exact: tuple[Tensor, Moments] | None = None
-    ways = [(last, compiled, False) for compiled in (False, True) for last in (False, True)]
-    ways += [(last, True, True) for last in (False, True)] if gpu else []
-    for precision in PRECISIONS if gpu else ("fp32", "bf16"):
-        for way in ways:
-            model = prepared(tiny(device), precision, *way)
-            rate, x, moments = made_with(model, images, batch, device)
-            exact = exact or (x, moments)
-            named = zip((", channels last", ", compiled", ", CUDA graphs"), way, strict=True)
-            name = precision + "".join(text for text, used in named if used)
-            found[name] = {
-                "images/s": rate,
-                "change of the images": ((x - exact[0]).norm() / exact[0].norm()).item(),
-                "Fréchet distance to fp32": frechet_distance(moments, exact[1]),
-                "peak GB": torch.cuda.max_memory_allocated() / 1e9 if gpu else None,
-            }
-            torch.compiler.reset()
-    return found
-
-
-def made_with(model: Pretrained, images: int, batch: int, device: str) -> tuple[float, Tensor, Moments]:
-    """Images per second in the fastest batch, the states, and the moments of their features."""
-    ready, grid = Job.compose([f"nfe={NFE}"]).run.plan(model)
-    extract = extractor("mnist_classifier", device)
-    moments, states, best = Moments.zeros(extract.dim), [], float("inf")
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    for first in range(0, images, batch):
-        finished(device)
-        started = time.perf_counter()
-        made = generate(model.denoiser(None), ready, grid, range(first, first + batch), model.shape, device=device)
-        finished(device)
-        best = min(best, time.perf_counter() - started)
-        states.append(made.x.cpu())
-        moments.add(extract(made.images).features)
-    return batch / best, torch.cat(states), moments
-
-
-def evaluate(model: Pretrained, device: str, n: int) -> None:
-    """One evaluation of n images."""
-    denoise = model.denoiser(None)
-    with torch.no_grad():
-        denoise(torch.zeros(n, *model.shape, device=device), denoise.schedule.node(1.0))
-
-
-def batches(device: str, _: Any) -> dict[str, Any]:
-    """Network evaluations per second by batch size, and the size that batch=auto finds."""
-    found: dict[str, Any] = {}
-    cases = {"mnist_tiny": (tiny, 512), "EDM CIFAR-10 size": (edm_cifar10, 1024 if device.startswith("cuda") else 16)}
-    for name, (make, most) in cases.items():
-        call = partial(evaluate, prepared(make(device)), device)
-        sizes = [1 << i for i in range(most.bit_length())]
-        found[name] = {str(n): n / min([seconds(device, call, n) for _ in range(6)][1:]) for n in sizes}
-        found[name]["auto"] = automatic(call, most, device, synchronised_clock(device))
-    return found
-
-
 def overlap(device: str, _: Any) -> dict[str, Any]:
     """A run that writes its shards, beside the same sampling that writes nothing; and a score that reads them, beside
     the same features of images in memory."""
@@ -266,22 +199,6 @@ def overlap(device: str, _: Any) -> dict[str, Any]:
             read.append(seconds(device, score_run, job) / seconds(device, score, pixels, job.protocol, device))
             (job.run.folder / "score.json").unlink()
     return found | {"score of files / of images in memory": spread(read[1:])}
-
-
-def threads(_: str, __: Any) -> dict[str, Any]:
-    """Network evaluations per second on the CPU by number of threads."""
-    allowed, found = torch.get_num_threads(), {}
-    counts = [n for n in range(1, allowed + 1) if n == allowed or n & (n - 1) == 0]
-    for name, make, batch in (("mnist_tiny", tiny, 250), ("EDM CIFAR-10 size", edm_cifar10, 4)):
-        model = prepared(make())
-        rates: dict[int, list[float]] = {n: [] for n in counts}
-        for _ in range(5):
-            for n in counts:
-                torch.set_num_threads(n)
-                rates[n].append(batch / seconds("cpu", evaluate, model, "cpu", batch))
-        found[name] = {"batch": batch} | {f"{n} threads": spread(values[1:]) for n, values in rates.items()}
-    torch.set_num_threads(allowed)
-    return found
 
 
 def start(device: str, _: Any) -> dict[str, Any]:

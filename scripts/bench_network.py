@@ -1,0 +1,99 @@
+"""How fast a network computes: number formats, batch sizes, threads. Parts of `python scripts/bench.py`."""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from bench_models import edm_cifar10, tiny
+from torch import Tensor
+
+from evodiff.batch_size import automatic, synchronised_clock
+from evodiff.benchmark import finished, seconds, spread
+from evodiff.metrics.features import extractor
+from evodiff.metrics.frechet import frechet_distance
+from evodiff.metrics.moments import Moments
+from evodiff.models.pretrained import Pretrained
+from evodiff.precision import PRECISIONS, prepared
+from evodiff.run import Job
+from evodiff.sampling import generate
+
+NFE = 10
+
+
+def formats(device: str, _: Any) -> dict[str, Any]:
+    """Number formats, memory layout and compilation: images per second, memory, and what they do to the images."""
+    gpu = device.startswith("cuda")
+    images, batch = (10_000, 1000) if gpu else (500, 250)
+    found: dict[str, Any] = {"images": images, "batch": batch, "nfe": NFE}
+    exact: tuple[Tensor, Moments] | None = None
+    ways = [(last, compiled, False) for compiled in (False, True) for last in (False, True)]
+    ways += [(last, True, True) for last in (False, True)] if gpu else []
+    for precision in PRECISIONS if gpu else ("fp32", "bf16"):
+        for way in ways:
+            model = prepared(tiny(device), precision, *way)
+            rate, x, moments = made_with(model, images, batch, device)
+            exact = exact or (x, moments)
+            named = zip((", channels last", ", compiled", ", CUDA graphs"), way, strict=True)
+            name = precision + "".join(text for text, used in named if used)
+            found[name] = {
+                "images/s": rate,
+                "change of the images": ((x - exact[0]).norm() / exact[0].norm()).item(),
+                "Fréchet distance to fp32": frechet_distance(moments, exact[1]),
+                "peak GB": torch.cuda.max_memory_allocated() / 1e9 if gpu else None,
+            }
+            torch.compiler.reset()
+    return found
+
+
+def made_with(model: Pretrained, images: int, batch: int, device: str) -> tuple[float, Tensor, Moments]:
+    """Images per second in the fastest batch, the states, and the moments of their features."""
+    ready, grid = Job.compose([f"nfe={NFE}"]).run.plan(model)
+    extract = extractor("mnist_classifier", device)
+    moments, states, best = Moments.zeros(extract.dim), [], float("inf")
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    for first in range(0, images, batch):
+        finished(device)
+        started = time.perf_counter()
+        made = generate(model.denoiser(None), ready, grid, range(first, first + batch), model.shape, device=device)
+        finished(device)
+        best = min(best, time.perf_counter() - started)
+        states.append(made.x.cpu())
+        moments.add(extract(made.images).features)
+    return batch / best, torch.cat(states), moments
+
+
+def evaluate(model: Pretrained, device: str, n: int) -> None:
+    """One evaluation of n images."""
+    denoise = model.denoiser(None)
+    with torch.no_grad():
+        denoise(torch.zeros(n, *model.shape, device=device), denoise.schedule.node(1.0))
+
+
+def batches(device: str, _: Any) -> dict[str, Any]:
+    """Network evaluations per second by batch size, and the size that batch=auto finds."""
+    found: dict[str, Any] = {}
+    cases = {"mnist_tiny": (tiny, 512), "EDM CIFAR-10 size": (edm_cifar10, 1024 if device.startswith("cuda") else 16)}
+    for name, (make, most) in cases.items():
+        call = partial(evaluate, prepared(make(device)), device)
+        sizes = [1 << i for i in range(most.bit_length())]
+        found[name] = {str(n): n / min([seconds(device, call, n) for _ in range(6)][1:]) for n in sizes}
+        found[name]["auto"] = automatic(call, most, device, synchronised_clock(device))
+    return found
+
+
+def threads(_: str, __: Any) -> dict[str, Any]:
+    """Network evaluations per second on the CPU by number of threads."""
+    allowed, found = torch.get_num_threads(), {}
+    counts = [n for n in range(1, allowed + 1) if n == allowed or n & (n - 1) == 0]
+    for name, make, batch in (("mnist_tiny", tiny, 250), ("EDM CIFAR-10 size", edm_cifar10, 4)):
+        model = prepared(make())
+        rates: dict[int, list[float]] = {n: [] for n in counts}
+        for _ in range(5):
+            for n in counts:
+                torch.set_num_threads(n)
+                rates[n].append(batch / seconds("cpu", evaluate, model, "cpu", batch))
+        found[name] = {"batch": batch} | {f"{n} threads": spread(values[1:]) for n, values in rates.items()}
+    torch.set_num_threads(allowed)
+    return found
