@@ -19,7 +19,7 @@ from evodiff.report import Table
 from evodiff.text import commands
 
 THROUGHPUT = "bench/throughput.json"
-"""Below results/: device -> model -> evaluations per second, as `{"NVIDIA A100": {"cifar10_edm": 9000}}`."""
+"""Below results/: device -> model -> evaluations per second. `python scripts/bench.py batches` writes it."""
 
 
 def main(argv: list[str]) -> int:
@@ -89,12 +89,13 @@ def cost(table: Table) -> str:
 
 
 def throughputs(table: Table) -> dict[str, tuple[float, str]]:
-    """model -> (evaluations per second, where measured): of this table's own runs, otherwise of results/bench."""
+    """model -> (evaluations per second, where measured): of this table's own runs, otherwise the most in results/bench."""
     found: dict[str, tuple[float, str]] = {}
     path = RESULTS / THROUGHPUT
     if path.is_file():
         recorded: dict[str, Any] = json.loads(path.read_text())
-        found = {model: (rate, device) for device, rates in recorded.items() for model, rate in rates.items()}
+        measured = sorted((rate, device, model) for device, rates in recorded.items() for model, rate in rates.items())
+        found = {model: (rate, device) for rate, device, model in measured}
     seconds: Counter[tuple[str, str]] = Counter()
     evaluations: Counter[tuple[str, str]] = Counter()
     for record in table.records.values():

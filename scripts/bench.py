@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from bench_models import adm256, edm_cifar10, tiny
-from bench_network import NFE, batches, formats, threads
+from bench_network import NFE, batches, formats, threads, throughput
 from torch import Tensor
 
 import evodiff.run
 from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
 from evodiff.experiment import sample_run, score_run
+from evodiff.files import whole_file
 from evodiff.guidance import Classifier
 from evodiff.metrics.score import score
 from evodiff.models.pretrained import Pretrained
@@ -34,6 +35,7 @@ from evodiff.paths import RESULTS
 from evodiff.precision import prepared
 from evodiff.run import DTYPES, Job, store_of
 from evodiff.sampling import generate
+from evodiff.status import THROUGHPUT
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
 
@@ -328,6 +330,10 @@ def main() -> None:
         measured = {"machine": machine(args.device), **PARTS[part](args.device, args.official)}
         findings.add(kind, findings.found.get(kind, {}) | {part: measured})
         print(f"{part}: done", file=sys.stderr)
+    path = RESULTS / THROUGHPUT
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(known | throughput(findings.found), indent=1) + "\n")
     print(findings.md.read_text())
 
 

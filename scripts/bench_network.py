@@ -1,6 +1,7 @@
 """How fast a network computes: number formats, batch sizes, threads. Parts of `python scripts/bench.py`."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from evodiff.run import Job
 from evodiff.sampling import generate
 
 NFE = 10
+BUSIEST = {"mnist_tiny": "mnist_tiny", "EDM CIFAR-10 size": "cifar10_edm"}
+"""Cases of `batches`, and the models of which `evodiff status` takes their best rate."""
 
 
 def formats(device: str, _: Any) -> dict[str, Any]:
@@ -81,6 +84,20 @@ def batches(device: str, _: Any) -> dict[str, Any]:
         found[name] = {str(n): n / min([seconds(device, call, n) for _ in range(6)][1:]) for n in sizes}
         found[name]["auto"] = automatic(call, most, device, synchronised_clock(device))
     return found
+
+
+def throughput(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What results/bench/throughput.json holds: by machine and model, evaluations per second in the best batch."""
+    best: dict[str, dict[str, float]] = {}
+    for kind, parts in found.items():
+        if measured := parts.get("batches"):
+            where = measured["machine"]
+            name = where["device"] + (f", {where['threads']} threads" if kind == "cpu" else "")
+            best[name] = {
+                model: max(rate for size, rate in measured[case].items() if size != "auto")
+                for case, model in BUSIEST.items()
+            }
+    return best
 
 
 def threads(_: str, __: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from evodiff.cli import COMMANDS
 from evodiff.config import build, choices, compose
 from evodiff.data import mnist_digits
 from evodiff.paths import ROOT
+from evodiff.report import Table
 
 README = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"^evodiff (\w+)((?: [^\s#]+)*)", re.M)
@@ -78,6 +79,17 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
         assert min(column, key=column.get) == best
         column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "rmse@10000")}
         assert min(column, key=column.get) != "EVODiff"
+
+
+def test_the_cost_of_a_table_is_from_a_measured_throughput():
+    table = Table.from_config(compose("table", ["table=cifar10_edm"]))
+    todo = sum(len(job.run.seed_range) * job.run.nfe for job in table.jobs.values())
+    measured = json.loads((ROOT / "results" / "bench" / "throughput.json").read_text())
+    rate = max(rates["cifar10_edm"] for rates in measured.values())
+    told = " ".join(README.partition("## What has not been run")[2].split())
+    assert f"takes {todo / 1e6:.3g} million evaluations" in told
+    assert f"{round(todo / rate / 3600, -2):,.0f} hours on" in told
+    assert f"makes {rate:.3g} a second" in told
 
 
 def records(folder):

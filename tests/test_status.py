@@ -47,7 +47,8 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
 
 def test_hours_come_from_a_recorded_throughput(results):
     (results / "bench").mkdir()
-    (results / "bench" / "throughput.json").write_text(json.dumps({"a GPU": {"mixture": 2.0}}))
+    rates = {"a GPU": {"mixture": 2.0}, "a CPU": {"mixture": 1.0}}
+    (results / "bench" / "throughput.json").write_text(json.dumps(rates))
     t = small(DDIM=["solver=ddim"])
     assert cost(t) == f"0.00144 million evaluations to do, {16 * 90 / 2 / 3600:.3g} hours (mixture: 2/s on a GPU)"
 
