@@ -89,7 +89,7 @@ def cost(table: Table) -> str:
 
 
 def throughputs(table: Table) -> dict[str, tuple[float, str]]:
-    """model -> (evaluations per second, where measured): of this table's own runs, otherwise the most in results/bench."""
+    """model -> (evaluations per second, where measured): of this table's own runs, otherwise the most recorded."""
     found: dict[str, tuple[float, str]] = {}
     path = RESULTS / THROUGHPUT
     if path.is_file():
