@@ -16,7 +16,7 @@ from evodiff.inputs import missing_inputs
 from evodiff.paths import RESULTS, ROOT
 from evodiff.published import STATES
 from evodiff.report import Table
-from evodiff.text import commands
+from evodiff.text import commands, show
 
 THROUGHPUT = "bench/throughput.json"
 """Below results/: device -> model -> evaluations per second. `python scripts/bench.py batches` writes it."""
@@ -84,8 +84,8 @@ def cost(table: Table) -> str:
     if unknown:
         return f"{evaluations}; hours unknown: no throughput of {', '.join(unknown)} is recorded"
     hours = sum(count / known[model][0] for model, count in todo.items()) / 3600
-    how = "; ".join(f"{model}: {known[model][0]:,.0f}/s on {known[model][1]}" for model in todo)
-    return f"{evaluations}, {hours:,.3g} hours ({how})"
+    how = "; ".join(f"{model}: {show(known[model][0])}/s on {known[model][1]}" for model in todo)
+    return f"{evaluations}, {show(hours)} hours ({how})"
 
 
 def throughputs(table: Table) -> dict[str, tuple[float, str]]:

@@ -41,7 +41,7 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
     assert t.make() == 1  # Heun cannot spend 5
     assert next(lines_of(t)) == "smoke: 4 cells (1 missing, 3 done), 3 of 4 runs done"
     assert re.match(
-        r"8e-05 million evaluations to do, \S+ hours \(mixture: [\d,]+/s on cpu .*, its own runs\)", cost(t)
+        r"8e-05 million evaluations to do, \S+ hours \(mixture: [\d.]+/s on cpu .*, its own runs\)", cost(t)
     )
 
 
@@ -50,7 +50,7 @@ def test_hours_come_from_a_recorded_throughput(results):
     rates = {"a GPU": {"mixture": 2.0}, "a CPU": {"mixture": 1.0}}
     (results / "bench" / "throughput.json").write_text(json.dumps(rates))
     t = small(DDIM=["solver=ddim"])
-    assert cost(t) == f"0.00144 million evaluations to do, {16 * 90 / 2 / 3600:.3g} hours (mixture: 2/s on a GPU)"
+    assert cost(t) == f"0.00144 million evaluations to do, {16 * 90 / 2 / 3600:#.3g} hours (mixture: 2.00/s on a GPU)"
 
 
 def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
