@@ -80,6 +80,16 @@ def test_a_metric_asked_for_later_is_added_from_the_same_images(run, results):
     assert len(later["files"]["extractor"]) == len(later["files"]["reference"]) == 64
 
 
+def test_an_error_stays_until_another_reference_is_asked_for(run, results):
+    assert run("metrics=[contrast,rmse]", REFERENCE)[0] == 0
+    first = record_of(results)
+    assert run("metrics=[contrast]")[0] == 0
+    assert record_of(results) == first, "what is asked is there already"
+    assert run("metrics=[contrast,rmse]", REFERENCE.replace("3", "4"))[0] == 0
+    later = record_of(results)
+    assert later["reference_run"] != first["reference_run"] and later["metrics"] != first["metrics"]
+
+
 def test_logits_are_kept_for_the_inception_score(run, results):
     assert run("metrics=[fid,is]", "save=none")[0] == 0
     assert [set(a) for a in arrays_of(results)] == [{"seeds", "features", "logits"}] * 3
