@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: setup demo smoke tables status docs test test-all bench bench-solvers bench-metrics lint clean
 
@@ -29,10 +30,10 @@ status: $(READY)
 	$(BIN)/evodiff status
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 docs: $(READY)
 	$(BIN)/python scripts/figures_method.py

@@ -1,5 +1,10 @@
 """Fixtures shared by the tests."""
 
+import os
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: the cores are shared, also by subprocesses
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import pytest
 
 import evodiff.report

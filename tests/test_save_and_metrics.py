@@ -59,11 +59,12 @@ def test_states_are_kept_only_where_a_metric_compares_them(run, results):
     assert "shard-000000.npz" in err and "was written without x" in err and "save=shards" in err
 
 
-def test_saturated_is_the_share_of_black_and_white(run, results):
-    assert run("metrics=[saturated]")[0] == 0
+def test_contrast_is_the_spread_of_the_pixels_and_saturated_their_share_at_the_ends(run, results):
+    assert run("metrics=[contrast,saturated]")[0] == 0
     images = np.concatenate([a["images"] for a in arrays_of(results)])
-    ends = np.isin(images, (0, 255)).mean()
-    assert 0.1 < ends < 0.9 and record_of(results)["metrics"] == {"saturated@24": pytest.approx(ends)}
+    ends, spread = np.isin(images, (0, 255)).mean(), np.mean([image.std() for image in images])
+    assert 0.1 < ends < 0.9
+    assert record_of(results)["metrics"] == pytest.approx({"contrast@24": spread, "saturated@24": ends}, rel=1e-12)
 
 
 def test_a_metric_asked_for_later_is_added_from_the_same_images(run, results):
