@@ -22,6 +22,13 @@ def results(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for what is fetched and converted instead of the project's own."""
+    monkeypatch.setenv("EVODIFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def evodiff_command(results, capsys):
     """The command line: arguments in, (exit code, standard output, standard error) out."""
 

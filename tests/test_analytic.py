@@ -37,3 +37,12 @@ def test_digit_oracle_returns_the_digit_at_low_noise():
     D = model.denoiser(None)(digit + sigma * noise, EDM().node(sigma))
     expected = digit + 0.1**2 / (0.1**2 + sigma**2) * sigma * noise
     torch.testing.assert_close(D, expected, atol=1e-9, rtol=0)
+
+
+def test_in_float32_too_an_image_between_two_digits_is_told_from_others():
+    """|x|^2 - 2 x.mu + |mu|^2 in float32 loses what a small variance then amplifies: 1e-3 and more, here."""
+    model = build(compose("run", ["model=mixture_digits"]).model).denoiser(None)
+    noise = torch.randn(200, 1, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    between = (model.means[:200] + model.means[1:201]).view_as(noise) / 2 + 0.1 * noise
+    exact = model(between, EDM().node(0.1))
+    torch.testing.assert_close(model(between.float(), EDM().node(0.1)).double(), exact, atol=4e-4, rtol=0)

@@ -1,19 +1,14 @@
-"""Published checkpoints become safetensors; nothing in them is executed; what cannot be read is refused by name."""
+"""Published checkpoints become safetensors."""
 
-import gzip
-import io
 import json
 import os
-import pickle
-import sys
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from checkpoint_files import ADM, DDIM, SCORE_SDE, equal, official_edm_pickle, saved, weights
 
 from evodiff.checkpoints import checkpoint as module
 from evodiff.checkpoints import load
@@ -24,59 +19,9 @@ from evodiff.cli import main
 from evodiff.errors import CheckpointError, ConfigError, StoreError
 from evodiff.models.networks import build
 
-GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 FAKES = Path(__file__).parents[2] / "shared" / "reference" / "fake_checkpoints"
 
-ADM = {
-    **{"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 6, "num_res_blocks": 1},
-    **{"attention_resolutions": [2], "channel_mult": [1, 1], "num_classes": 4, "num_head_channels": 16},
-    **{"use_scale_shift_norm": True, "resblock_updown": True},
-}
-DDIM = {
-    "model": {
-        **{"in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [4]},
-        **{"dropout": 0.1, "resamp_with_conv": True},
-    },
-    "data": {"image_size": 8, "channels": 3},
-    "diffusion": {"beta_start": 1e-4, "beta_end": 0.03, "num_diffusion_timesteps": 500},
-}
-SCORE_SDE = {
-    "model": {
-        **{"name": "ncsnpp", "nf": 16, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [4], "dropout": 0.1},
-        **{
-            "resamp_with_conv": True,
-            "conditional": True,
-            "fir": True,
-            "fir_kernel": [1, 3, 3, 1],
-            "skip_rescale": True,
-        },
-        **{"resblock_type": "biggan", "progressive": "none", "progressive_input": "residual", "scale_by_sigma": True},
-        **{"progressive_combine": "sum", "embedding_type": "fourier", "fourier_scale": 16, "init_scale": 0.0},
-        **{"sigma_min": 0.01, "sigma_max": 50, "num_scales": 10},
-    },
-    "data": {"image_size": 8, "num_channels": 3, "centered": False},
-    "training": {"sde": "vesde"},
-}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("EVODIFF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def weights(architecture, config, shift=0.0):
-    torch.manual_seed(0)
-    return OrderedDict((k, v + shift) for k, v in build(architecture, config).state_dict().items())
-
-
-def equal(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
-
-
-def saved(path, content, zipped=True):
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    return path
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # --- the layouts --------------------------------------------------------------------------------------------
@@ -84,8 +29,7 @@ def saved(path, content, zipped=True):
 
 def test_a_pickle_written_by_the_official_classes(tmp_path):
     """Layout of NVlabs/edm, each weight one constant; its embedded source raises SystemExit if executed."""
-    path = tmp_path / "baseline.pkl"
-    path.write_bytes(gzip.decompress((GOLDEN / "edm_vp_constant.pkl.gz").read_bytes()))
+    path = official_edm_pickle(tmp_path)
     assert b"raise SystemExit" in path.read_bytes()
     found = load(path)
     assert found.architecture == "edm" and found.config["class_name"] == "VPPrecond"
@@ -268,285 +212,6 @@ def test_a_conversion_that_stops_leaves_nothing(tmp_path, cache, monkeypatch, er
             load(path)
     assert [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"] == []
     assert load(path).architecture == "guided_diffusion"
-
-
-# --- hostile files ------------------------------------------------------------------------------------------
-
-
-class Reduce:
-    def __init__(self, function, *args):
-        self.reduced = function, args
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.fixture
-def hostile(tmp_path, monkeypatch):
-    """(payload, its forbidden global, a check that nothing was executed) for each way to run code from a pickle."""
-    mark = tmp_path / "executed"
-    monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "imported_by_pickle.py").write_text(
-        f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nclass Weights: pass\n"
-    )
-
-    def make(how):
-        if how == "os.system":
-            payload, name = Reduce(os.system, f"touch {mark}"), f"{os.system.__module__}.system"
-        elif how == "builtins.eval":
-            payload, name = Reduce(eval, f"open({str(mark)!r}, 'w')"), "eval"
-        else:
-            import imported_by_pickle
-
-            payload, name = imported_by_pickle.Weights(), "imported_by_pickle.Weights"
-            mark.unlink()
-        return payload, name
-
-    yield make
-    assert not mark.exists()
-    sys.modules.pop("imported_by_pickle", None)
-
-
-WAYS = ["os.system", "builtins.eval", "a class that imports"]
-
-
-def forget():
-    sys.modules.pop("imported_by_pickle", None)
-
-
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
-def test_hostile_pickles(tmp_path, hostile, how, protocol):
-    payload, name = hostile(how)
-    if protocol == 0 and how == "a class that imports":
-        name = "copy_reg._reconstructor"  # comes before the class there
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(pickle.dumps({"ema": payload}, protocol))
-    forget()
-    with pytest.raises(CheckpointError, match=rf"refers to \S*{name}"):
-        load(path)
-
-
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_hostile_torch_files(tmp_path, hostile, how, zipped):
-    payload, name = hostile(how)
-    path = saved(tmp_path / "weights.pt", {**weights("guided_diffusion", ADM), "x": payload}, zipped)
-    forget()
-    with pytest.raises(CheckpointError, match=rf"refers to \S*{name}"):
-        load(path)
-
-
-class Pickled(bytes):
-    """A pickle that is to stand inside another."""
-
-
-def called(name, *args):
-    """A pickle of `name(*args)`, of a function that need not exist here."""
-    module_name, _, function = name.rpartition(".")
-    body = b"".join((arg if isinstance(arg, Pickled) else pickle.dumps(arg, 3))[2:-1] for arg in args)
-    return Pickled(
-        pickle.PROTO + b"\x03" + pickle.GLOBAL + f"{module_name}\n{function}\n".encode() + b"(" + body + b"tR."
-    )
-
-
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("container", ["pickle", "torch", "torch legacy"])
-def test_hostile_pickles_inside_a_storage(tmp_path, hostile, how, container):
-    payload, name = hostile(how)
-    inner = io.BytesIO()
-    if container == "pickle":
-        pickle.dump(payload, inner, 2)
-    else:
-        torch.save(payload, inner, _use_new_zipfile_serialization=container == "torch")
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(called("torch.storage._load_from_bytes", inner.getvalue()))
-    forget()
-    with pytest.raises(CheckpointError, match=rf"refers to \S*{name}"):
-        load(path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["os.system", "posix.system", "builtins.getattr", "torch.load", "numpy.load", "torch_utils.persistence.exec"],
-)
-def test_no_other_global_is_known(tmp_path, name):
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(called(name, "touch executed"))
-    with pytest.raises(CheckpointError, match=f"refused: it refers to {name}, "):
-        load(path)
-
-
-def test_the_source_inside_an_edm_pickle_is_not_looked_at(tmp_path):
-    source = f"open({str(tmp_path / 'executed')!r}, 'w')"
-    meta = {
-        "type": "class",
-        "version": 6,
-        "module_src": source,
-        "class_name": "EDMPrecond",
-        "state": {"_init_kwargs": {}},
-    }
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(called("torch_utils.persistence._reconstruct_persistent_obj", meta))
-    with pytest.raises(CheckpointError, match="not one of NVlabs/edm"):
-        load(path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_file_cannot_change_the_stand_ins(tmp_path):
-    """BUILD sets attributes on what a global stands for: they must be gone with the file."""
-    path = tmp_path / "weights.pkl"
-    head = pickle.PROTO + b"\x02" + pickle.GLOBAL + b"torch.nn.modules.container\nModuleDict\n"
-    path.write_bytes(head + pickle.dumps((None, {"__setstate__": 1}), 2)[2:-1] + pickle.BUILD + b".")
-    with pytest.raises(CheckpointError):
-        load(path)
-    test_a_pickle_written_by_the_official_classes(tmp_path)
-
-
-def edm_pickle(path, network):
-    """A pickle of NVlabs/edm with this object under `ema`."""
-    header = b"}" + pickle.BINUNICODE + b"\x03\x00\x00\x00ema"
-    path.write_bytes(pickle.PROTO + b"\x03" + header + network[2:-1] + b"s.")
-    return path
-
-
-def persistent(name, state):
-    """A persistent object whose `state` is a pickle, or plain data."""
-    body = state if isinstance(state, Pickled) else Pickled(pickle.dumps(state, 3))
-    meta = pickle.MARK + pickle.dumps("class_name", 3)[2:-1] + pickle.dumps(name, 3)[2:-1]
-    meta = b"}" + meta + pickle.dumps("state", 3)[2:-1] + body[2:-1] + b"u"
-    return called("torch_utils.persistence._reconstruct_persistent_obj", Pickled(b"\x80\x03" + meta + b"."))
-
-
-def test_modules_that_refer_to_each_other_are_not_followed_forever(tmp_path):
-    empty = {"_init_kwargs": {}, "_parameters": {}, "_buffers": {}}
-    twice = persistent("B", {**empty, "_modules": {}})
-    # {"a": B, "b": the same B}: put under memo 99, then taken from there
-    children = b"}(" + pickle.dumps("a", 3)[2:-1] + twice[2:-1] + b"q\x63" + pickle.dumps("b", 3)[2:-1] + b"h\x63u"
-    state = pickle.dumps(empty, 3)[2:-1] + b"(" + pickle.dumps("_modules", 3)[2:-1] + children + b"u"
-    with pytest.raises(CheckpointError, match="in two places"):
-        load(edm_pickle(tmp_path / "a.pkl", persistent("A", Pickled(b"\x80\x03" + state + b"."))))
-
-
-@pytest.mark.parametrize("arguments", [{"a": b"bytes"}, {"a": [{1, 2}]}])
-def test_arguments_that_are_no_plain_values_are_refused(tmp_path, arguments):
-    state = {"_init_kwargs": arguments, "_parameters": {}, "_buffers": {}, "_modules": {}}
-    with pytest.raises(CheckpointError, match=r"cannot be read|refers to"):
-        load(edm_pickle(tmp_path / "a.pkl", persistent("EDMPrecond", state)))
-
-
-def test_zip_bombs_are_refused_before_they_unpack(tmp_path):
-    path = saved(tmp_path / "a.pt", {"out.2.bias": torch.zeros(3_000_000)})
-    bomb = tmp_path / "bomb.pt"
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
-        for info in source.infolist():
-            target.writestr(info.filename, source.read(info))
-    assert bomb.stat().st_size < 100_000
-    with pytest.raises(CheckpointError, match=r"refused: its [\d,]+ bytes unpack to 12,"):
-        load(bomb)
-
-
-def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
-    model = weights("guided_diffusion", ADM)
-    path = saved(tmp_path / "a.pt", {**model, "x": torch.zeros(1).expand(10**9)})
-    with pytest.raises(CheckpointError, match=r"claim to hold 4,\d+,\d+,\d+ bytes"):
-        load(path)
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
-    """Inside a pickle; torch itself would enlarge the storage by memory of unknown content."""
-    file = io.BytesIO()
-    torch.save(torch.zeros(4).storage(), file, _use_new_zipfile_serialization=False)
-    storage = called("torch.storage._load_from_bytes", file.getvalue())
-    path = tmp_path / "weights.pkl"
-    path.write_bytes(called("torch._utils._rebuild_tensor_v2", storage, 0, (4,), (1,), False, None))
-    with pytest.raises(CheckpointError, match="not one of NVlabs/edm"):  # the tensor itself is right
-        load(path)
-    path.write_bytes(called("torch._utils._rebuild_tensor_v2", storage, 0, (5,), (1,), False, None))
-    with pytest.raises(CheckpointError, match="RuntimeError"):
-        load(path)
-
-
-# --- files that are no checkpoints --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"\x86\xa4step\x01\xa9optimizer\x81\xa6target\xc0", "JAX checkpoint.*begins with the letters PK"),
-        (b"\xde\x00\x10\xa4step\x01", "JAX checkpoint"),
-        (b"\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning", "is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer"),
-        (b"", "is empty"),
-        (b"\x00" * 100, "cannot be read"),
-        (b"PK\x03\x04" + b"\x00" * 100, "cannot be read"),
-        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.", "cannot be read"),
-        (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "cannot be read"),
-        (pickle.dumps({"weights": [1.0]}), "not one of NVlabs/edm"),
-        (pickle.dumps("text"), "not one of NVlabs/edm"),
-    ],
-)
-def test_other_files_are_explained(tmp_path, content, said):
-    path = tmp_path / "checkpoint_8.pth"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=said):
-        load(path)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-def test_files_that_were_cut_short(tmp_path, zipped, part):
-    path = saved(tmp_path / "a.pt", weights("guided_diffusion", ADM), zipped)
-    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match="cut short"):
-        load(path)
-
-
-def test_safetensors_that_were_cut_short(tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file(weights("guided_diffusion", ADM), path)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match="cut short"):
-        load(path)
-
-
-def test_safetensors_of_another_version_are_refused(tmp_path):
-    for about in ("{}", '{"format": "evodiff-checkpoint-0"}', "[1]", "{"):
-        path = tmp_path / "a.safetensors"
-        save_file({"x": torch.zeros(1)}, path, metadata={"evodiff": about})
-        with pytest.raises(CheckpointError, match=r"not written by this version|cannot be read"):
-            load(path)
-
-
-def test_safetensors_of_others_are_converted(tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_file(weights("guided_diffusion", ADM), path)
-    (tmp_path / "a.json").write_text(json.dumps({"config": ADM}))
-    assert equal(load(path).tensors, weights("guided_diffusion", ADM))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}, "epoch": 1}, "Lightning checkpoint"),
-        ({"layer.weight": torch.zeros(2)}, "unknown network"),
-        ({"epoch": 3}, "holds a dict of epoch"),
-        ([], "holds a list"),
-        (torch.zeros(3), "holds a Tensor"),
-    ],
-)
-def test_other_torch_files_are_explained(tmp_path, content, said):
-    with pytest.raises(CheckpointError, match=said):
-        load(saved(tmp_path / "a.pt", content))
-
-
-def test_weights_that_are_not_finite_are_refused(tmp_path):
-    model = weights("guided_diffusion", ADM)
-    model["out.2.bias"][0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"out\.2\.bias holds NaN"):
-        load(saved(tmp_path / "a.pt", model))
 
 
 # --- the reference files, where they are at hand ------------------------------------------------------------
