@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from bench_network import throughput
 from test_solvers_common import BUDGETS, RANGES, errors, slope
 
 from evodiff.cli import COMMANDS
@@ -85,6 +86,8 @@ def test_the_cost_of_a_table_is_from_a_measured_throughput():
     table = Table.from_config(compose("table", ["table=cifar10_edm"]))
     todo = sum(len(job.run.seed_range) * job.run.nfe for job in table.jobs.values())
     measured = json.loads((ROOT / "results" / "bench" / "throughput.json").read_text())
+    benchmark = json.loads((ROOT / "results" / "bench" / "pipeline.json").read_text())
+    assert throughput(benchmark).items() <= measured.items()
     rate = max(rates["cifar10_edm"] for rates in measured.values())
     told = " ".join(README.partition("## What has not been run")[2].split())
     assert f"takes {todo / 1e6:.3g} million evaluations" in told
