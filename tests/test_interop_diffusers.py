@@ -1,31 +1,27 @@
-"""The schedulers: the solver's own steps, whatever the process; configurations in and out; and what diffusers asks."""
+"""The schedulers: the solver's own steps, whatever the process; and what diffusers asks."""
 
 import importlib
 import sys
 
 import pytest
 import torch
+from diffusers_loop import MIXTURE, loop, network, noise
 
 import evodiff
 from evodiff.config import choices
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Karras, LogSNR, TimeGrid, TimeUniform
-from evodiff.models.analytic import GaussianMixture
 from evodiff.models.edm import Preconditioned as OfKappa
 from evodiff.models.mnist import mnist_tiny
 from evodiff.noise import SeededNoise
 from evodiff.sampling import integrate
-from evodiff.schedule import EDM, DiscreteVP, Flow
+from evodiff.schedule import DiscreteVP, Flow
 from evodiff.solvers.evodiff import EVODiff
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers' own, on NumPy 2
 from evodiff.interop.diffusers import EVODiffScheduler, SolverScheduler  # noqa: E402
-from evodiff.interop.process import VP, Preconditioned, Straight  # noqa: E402
 
-MEANS = 2 * torch.rand(4, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 1
-STDS, WEIGHTS = torch.full((4,), 0.1).double(), torch.full((4,), 0.25).double()
-MIXTURE = GaussianMixture(MEANS, STDS, WEIGHTS)
 SCHEDULE = DiscreteVP.linear()
 SPACINGS = {"logsnr": LogSNR(), "karras": Karras(), "time_uniform": TimeUniform()}
 
@@ -39,39 +35,6 @@ def accepted():
 
 
 SOLVERS = dict(accepted())
-
-
-def network(scheduler):
-    """A perfect network of the mixture: from what a pipeline gives it, in the scheduler's prediction."""
-    process = scheduler.process
-
-    def output(x, timestep):
-        node = process.schedule.node(process.t_of_timestep(float(timestep)))
-        state = x.double() / process.input_scale(node)
-        D = MIXTURE(state, node)
-        if isinstance(process, Preconditioned):
-            at_0 = process.data(state, torch.zeros_like(state), node)
-            at_1 = process.data(state, torch.ones_like(state), node)
-            return (D - at_0) / (at_1 - at_0)
-        eps = (state - node.alpha * D) / node.sigma
-        outputs = {"eps": eps, "x0": D, "v": node.alpha * eps - node.sigma * D, "flow": eps - D}
-        return outputs[process.predicts]
-
-    return output
-
-
-def noise(seeds=range(3)):
-    return SeededNoise(seeds).latents((2, 3, 3)).double()
-
-
-def loop(scheduler, x, n=8, generator=None, **nodes):
-    """What a pipeline does."""
-    scheduler.set_timesteps(**(nodes or {"num_inference_steps": n}))
-    model = network(scheduler)
-    for t in scheduler.timesteps:
-        out = model(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(out, t, x, generator=generator).prev_sample
-    return x
 
 
 def integrated(solver, x, scheduler, noise=None, denoise_final=False):
@@ -234,102 +197,6 @@ def test_evodiff_takes_plain_differences_on_flows():
         for solver in (scheduler.solver, EVODiff())
     )
     assert plain < 0.3 and balanced > 1
-
-
-VP_SCHEDULERS = (
-    "DDPM DDIM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete DPMSolverMultistep "
-    "DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver LCM DDIMInverse"
-)
-FOREIGN = {
-    **{name: {} for name in VP_SCHEDULERS.split()},
-    "FlowMatchEulerDiscrete": {"shift": 3.0},
-    "FlowMatchHeunDiscrete": {},
-    "EDMEuler": {},
-    "EDMDPMSolverMultistep": {"sigma_max": 20.0},
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_any_schedulers_configuration_gives_a_sampler_of_its_process(name, caplog):
-    """A perfect network of that process ends at the mixture's modes, and the configuration survives the way back."""
-    theirs = getattr(diffusers, f"{name}Scheduler")(**FOREIGN[name])
-    ours = EVODiffScheduler.from_config(theirs.config)
-    assert not caplog.records  # diffusers warns of keys that nobody knows
-    kind = Straight if name.startswith("Flow") else Preconditioned if name.startswith("EDM") else VP
-    assert type(ours.process) is kind
-    n = 15 if kind is Straight else 30
-    out = loop(ours, noise() * ours.init_noise_sigma, n)
-    distance = (out[:, None] - MEANS).flatten(2).norm(dim=2).amin(1)
-    assert (distance < 0.1 * 18**0.5 * 2).all(), distance
-    back = type(theirs).from_config(ours.config)
-    assert {k: back.config[k] for k in FOREIGN[name]} == FOREIGN[name]
-    assert dict(EVODiffScheduler.from_config(back.config).config)["flow_shift"] == ours.config["flow_shift"]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01}, "noise schedule of ScoreSdeVeScheduler"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas"),
-        ({"prediction_type": "score"}, "prediction_type=score does not exist; possible: epsilon"),
-        ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not known here"),
-        ({"timestep_spacing": "log"}, "timestep_spacing=log does not exist; possible: linspace"),
-        ({"solver_fields": {"moo": 1}}, "solver=evodiff has no field moo"),
-        ({"prediction_type": "sample", "sigma_data": 0.5}, "prediction_type=sample with sigma_data"),
-    ],
-)
-def test_configurations_that_cannot_be_right_are_refused(config, message):
-    with pytest.raises(ConfigError, match=message):
-        EVODiffScheduler.from_config({"beta_schedule": "linear", **config} if "_class" not in str(config) else config)
-
-
-def test_defaults_of_another_scheduler_are_part_of_its_process():
-    theirs = diffusers.LCMScheduler()
-    assert theirs.config.beta_schedule == "scaled_linear"
-    assert torch.allclose(EVODiffScheduler.from_config(theirs.config).betas, theirs.betas, rtol=2e-4)
-    edm = EVODiffScheduler.from_config(diffusers.EDMEulerScheduler(sigma_max=20.0).config)
-    edm.set_timesteps(5)
-    assert edm.sigmas.tolist() == pytest.approx(Karras().times(5, EDM(20.0, 0.002), 20.0, 0.002), rel=1e-5)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_edm_preconditioning_is_that_of_diffusers(prediction):
-    theirs = diffusers.EDMEulerScheduler(prediction_type=prediction)
-    ours = EVODiffScheduler.from_config(theirs.config)
-    for scheduler in (ours, theirs):
-        scheduler.set_timesteps(6)
-    x, out, sigma = noise(), noise(range(3, 6)), theirs.sigmas[2]
-    node = ours.process.schedule.node(sigma.item())
-    assert theirs.timesteps[2] == pytest.approx(ours.process.timestep(sigma.item()), abs=1e-6)
-    assert torch.allclose(ours.process.data(x, out, node), theirs.precondition_outputs(x, out, sigma), atol=1e-6)
-    scaled = ours.scale_model_input(x, ours.process.timestep(sigma.item()))
-    assert torch.allclose(scaled, theirs.precondition_inputs(x, sigma), atol=1e-6)
-
-
-def test_betas_are_those_of_diffusers():
-    for kind in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"):
-        theirs = diffusers.DDPMScheduler(beta_schedule=kind)
-        ours = EVODiffScheduler.from_config(theirs.config)
-        assert torch.allclose(ours.betas, theirs.betas, rtol=2e-4, atol=1e-7)
-        assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
-    rescaled = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    theirs = diffusers.DPMSolverMultistepScheduler(**rescaled)
-    ours = EVODiffScheduler(**rescaled)
-    assert torch.allclose(ours.alphas_cumprod[:-1], theirs.alphas_cumprod[:-1], rtol=2e-2, atol=1e-6)
-    assert 0 < ours.alphas_cumprod[-1] < 1e-6
-    assert EVODiffScheduler(trained_betas=[0.1, 0.3]).betas.tolist() == pytest.approx([0.1, 0.3])
-    clipped = EVODiffScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1)
-    clipped.set_timesteps(5)
-    assert clipped._nodes.all[0].lam == pytest.approx(-5.1)
-
-
-def test_save_and_load(tmp_path):
-    scheduler = SolverScheduler(solver="dpmpp_3m", solver_fields={"lower_order_final": False}, spacing="karras")
-    scheduler.save_pretrained(tmp_path)
-    loaded = SolverScheduler.from_pretrained(tmp_path)
-    assert loaded.solver == scheduler.solver and not loaded.solver.lower_order_final
-    assert torch.equal(loop(loaded, noise()), loop(scheduler, noise()))
-    assert EVODiffScheduler.from_pretrained(tmp_path, solver_fields=None).config["solver"] == "evodiff"
 
 
 def test_used_again_it_gives_the_same():
