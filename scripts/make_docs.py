@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docs_reading import reading
+from docs_reading import reading, table_of
 from torch import Tensor
 
 from evodiff import published, text
 from evodiff.api import named_solver
-from evodiff.config import choices, compose
+from evodiff.config import choices
 from evodiff.contrast import read_matched
 from evodiff.files import whole_file
 from evodiff.grid import LogSNR, grid_for
@@ -50,7 +50,7 @@ def results_page() -> str:
     for name in choices("table"):
         folder = RESULTS / "tables" / name
         if name not in ("demo", "smoke") and (folder / "records").is_dir():
-            parts.append(section(Table.from_config(compose("table", [f"table={name}"]))))
+            parts.append(section(table_of(name)))
     return "\n".join(parts)
 
 

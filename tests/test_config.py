@@ -42,10 +42,7 @@ def test_every_grid_builds(name):
 EDM = OmegaConf.create({"_target_": "evodiff.schedule.EDM"})
 
 
-LARGE = ("cifar10_score_sde", "mnist_solvers", "mnist_oracle")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in choices("table")])
+@pytest.mark.parametrize("name", choices("table"))
 def test_every_table_resolves_to_distinct_runs(name):
     table = Table.from_config(compose("table", [f"table={name}"]))
     assert len({job.run.key() for job in table.jobs.values()}) == len(table.jobs)
