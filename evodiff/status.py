@@ -2,24 +2,21 @@
 commands of a cell."""
 
 import argparse
-import json
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, compose, nearest
 from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
-from evodiff.paths import RESULTS, ROOT
+from evodiff.paths import ROOT
 from evodiff.published import STATES
 from evodiff.report import Table
+from evodiff.run import Run
 from evodiff.text import commands, show
-
-THROUGHPUT = "bench/throughput.json"
-"""Below results/: device -> model -> evaluations per second. `python scripts/bench.py batches` writes it."""
+from evodiff.throughput import Rate, known_rates, passes, rate_on
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +48,9 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
             yield from (f"  needs {text}" for text in lacking)
         else:
             yield f"  needs {len(lacking)} files or folders: `evodiff status --needs {table.config}` lists them"
-        yield f"  {cost(table)}" + ("" if lacking else f"; nothing else is needed: `make table-{table.config}`")
+        yield from (f"  {line}" for line in cost(table))
+        if not lacking:
+            yield f"  nothing else is needed: `make table-{table.config}`"
 
 
 def missing_files(table: Table) -> Iterator[str]:
@@ -68,42 +67,46 @@ def missing_files(table: Table) -> Iterator[str]:
     yield from (f"{missing.what}: {missing.how}" for missing in missing_inputs(table))
 
 
-def cost(table: Table) -> str:
-    """The evaluations that are missing, and the hours they take where a throughput of every model is known."""
-    jobs, records = table.jobs, table.records
-    todo: Counter[str] = Counter()
-    for place, job in jobs.items():
-        if place not in records:
-            todo[job.run.model["name"]] += len(job.run.seed_range) * (job.run.nfe or 0)
-    for key, (job, run) in table.references.items():
-        if table.record_of(job, key) is None:
-            todo[run.model["name"]] += len(run.seed_range) * (run.nfe or 0)
-    known = throughputs(table)
-    evaluations = f"{sum(todo.values()) / 1e6:,.3g} million evaluations to do"
-    unknown = [model for model in todo if model not in known]
-    if unknown:
-        return f"{evaluations}; hours unknown: no throughput of {', '.join(unknown)} is recorded"
-    hours = sum(count / known[model][0] for model, count in todo.items()) / 3600
-    how = "; ".join(f"{model}: {show(known[model][0])}/s on {known[model][1]}" for model in todo)
-    return f"{evaluations}, {show(hours)} hours ({how})"
+def cost(table: Table) -> Iterator[str]:
+    """The evaluations that are missing; and by device, the fastest first, the hours they take."""
+    evaluations, todo = 0, defaultdict[str, float](float)
+    for run in unfinished(table):
+        n = len(run.seed_range) * (run.nfe or 0)
+        evaluations += n
+        todo[run.model["name"]] += n * passes(run)
+    yield f"{evaluations / 1e6:,.3g} million evaluations to do"
+    estimates = []
+    for device, rates in rates_of(table).items():
+        found = {model: rate_on(rates, model) for model in todo}
+        used = {model: rate for model, rate in found.items() if rate is not None}
+        if used.keys() == todo.keys():
+            how = "; ".join(f"{model}: {show(rate.value)}/s, {rate.how}" for model, rate in used.items())
+            hours = sum(todo[model] / rate.value for model, rate in used.items()) / 3600
+            estimates.append((hours, f"{show(hours)} hours on {device} ({how})"))
+    yield from (line for _, line in sorted(estimates))
+    if not estimates:
+        yield f"hours unknown: no throughput of {', '.join(todo)} is recorded, nor of a network like it"
 
 
-def throughputs(table: Table) -> dict[str, tuple[float, str]]:
-    """model -> (evaluations per second, where measured): of this table's own runs, otherwise the most recorded."""
-    found: dict[str, tuple[float, str]] = {}
-    path = RESULTS / THROUGHPUT
-    if path.is_file():
-        recorded: dict[str, Any] = json.loads(path.read_text())
-        measured = sorted((rate, device, model) for device, rates in recorded.items() for model, rate in rates.items())
-        found = {model: (rate, device) for rate, device, model in measured}
-    seconds: Counter[tuple[str, str]] = Counter()
-    evaluations: Counter[tuple[str, str]] = Counter()
-    for record in table.records.values():
-        place = (record.run["model"]["name"], record.device)
-        seconds[place] += record.seconds  # type: ignore[assignment]
-        evaluations[place] += record.images * record.nfe
-    own = {m: (evaluations[m, d] / s, f"{d}, its own runs") for (m, d), s in seconds.items() if s > 0}
-    return found | own
+def unfinished(table: Table) -> list[Run]:
+    """The runs without a record, those that others are compared with among them."""
+    records = table.records
+    cells = [job.run for place, job in table.jobs.items() if place not in records]
+    return cells + [run for key, (job, run) in table.references.items() if table.record_of(job, key) is None]
+
+
+def rates_of(table: Table) -> dict[str, dict[str, Rate]]:
+    """device -> model -> rate, of this table's own runs where it has some."""
+    found = known_rates()
+    seconds, evaluations = (defaultdict[tuple[str, str], float](float) for _ in range(2))
+    for place, record in table.records.items():
+        where = (record.device, record.run["model"]["name"])
+        seconds[where] += record.seconds
+        evaluations[where] += record.images * record.nfe * passes(table.jobs[place].run)
+    for (device, model), s in seconds.items():
+        if s > 0:
+            found.setdefault(device, {})[model] = Rate(evaluations[device, model] / s, "its own runs")
+    return found
 
 
 def names() -> str:

@@ -35,7 +35,7 @@ from evodiff.paths import RESULTS
 from evodiff.precision import prepared
 from evodiff.run import DTYPES, Job, store_of
 from evodiff.sampling import generate
-from evodiff.status import THROUGHPUT
+from evodiff.throughput import MEASURED
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
 
@@ -330,9 +330,8 @@ def main() -> None:
         measured = {"machine": machine(args.device), **PARTS[part](args.device, args.official)}
         findings.add(kind, findings.found.get(kind, {}) | {part: measured})
         print(f"{part}: done", file=sys.stderr)
-    path = RESULTS / THROUGHPUT
-    known = json.loads(path.read_text()) if path.exists() else {}
-    with whole_file(path) as temporary:
+    known = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    with whole_file(MEASURED) as temporary:
         temporary.write_text(json.dumps(known | throughput(findings.found), indent=1) + "\n")
     print(findings.md.read_text())
 

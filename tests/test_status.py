@@ -7,19 +7,24 @@ import subprocess
 
 import pytest
 
-from evodiff import status
+from evodiff import throughput
 from evodiff.config import compose
 from evodiff.errors import ConfigError
 from evodiff.paths import ROOT
 from evodiff.report import Table
 from evodiff.run import Job
 from evodiff.status import cost, lines_of, missing_files
+from evodiff.throughput import passes
+
+UNKNOWN = "hours unknown: no throughput of mixture is recorded, nor of a network like it"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, results, monkeypatch):
+def measured(tmp_path, results, monkeypatch):
+    """Nothing is fetched or measured but what it is called with."""
     monkeypatch.setenv("EVODIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(status, "RESULTS", results)
+    monkeypatch.setattr(throughput, "MEASURED", tmp_path / "throughput.json")
+    return lambda rates: throughput.MEASURED.write_text(json.dumps(rates))
 
 
 def table(name="smoke", *overrides, **changes):
@@ -37,20 +42,31 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
     t = small(DDIM=["solver=ddim"], Heun=["solver=heun"])
     assert next(lines_of(t)) == "smoke: 4 cells (4 missing), 0 of 4 runs done"
     # 16 images x (5 + 6 + 5 + 6) evaluations, and 79 for the reference
-    assert cost(t) == "0.00162 million evaluations to do; hours unknown: no throughput of mixture is recorded"
+    assert list(cost(t)) == ["0.00162 million evaluations to do", UNKNOWN]
     assert t.make() == 1  # Heun cannot spend 5
     assert next(lines_of(t)) == "smoke: 4 cells (1 missing, 3 done), 3 of 4 runs done"
-    assert re.match(
-        r"8e-05 million evaluations to do, \S+ hours \(mixture: [\d.]+/s on cpu .*, its own runs\)", cost(t)
-    )
+    evaluations, hours = cost(t)
+    assert evaluations == "8e-05 million evaluations to do"
+    assert re.fullmatch(r"\S+ hours on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
 
 
-def test_hours_come_from_a_recorded_throughput(results):
-    (results / "bench").mkdir()
-    rates = {"a GPU": {"mixture": 2.0}, "a CPU": {"mixture": 1.0}}
-    (results / "bench" / "throughput.json").write_text(json.dumps(rates))
-    t = small(DDIM=["solver=ddim"])
-    assert cost(t) == f"0.00144 million evaluations to do, {16 * 90 / 2 / 3600:#.3g} hours (mixture: 2.00/s on a GPU)"
+def test_hours_come_from_a_recorded_throughput(measured):
+    measured({"a CPU": {"mixture": 1.0}, "a GPU": {"mixture": 2.0}})
+    assert list(cost(small(DDIM=["solver=ddim"]))) == [
+        "0.00144 million evaluations to do",
+        f"{16 * 90 / 2 / 3600:#.3g} hours on a GPU (mixture: 2.00/s, measured)",
+        f"{16 * 90 / 3600:#.3g} hours on a CPU (mixture: 1.00/s, measured)",
+    ]
+
+
+def test_a_guided_evaluation_takes_longer(measured):
+    measured({"a GPU": {"imagenet256_adm": 7.0}})
+    t = table("imagenet256_adm", "repeats=1")
+    (run,) = {job.run.guidance["name"]: job.run for job in t.jobs.values()}.values()
+    evaluations = sum(len(job.run.seed_range) * job.run.nfe for job in t.jobs.values())
+    hours = evaluations * passes(run) / 7 / 3600
+    assert passes(run) > 1
+    assert f"{hours:.0f} hours on a GPU (imagenet256_adm: 7.00/s, measured)" in cost(t)
 
 
 def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
@@ -111,10 +127,9 @@ def test_what_is_not_there_is_named(evodiff_command, argv, message):
     assert code == 1 and message in err
 
 
-def test_a_throughput_of_another_model_does_not_count(results):
-    (results / "bench").mkdir()
-    (results / "bench" / "throughput.json").write_text(json.dumps({"a GPU": {"mnist_tiny": 2.0}}))
-    assert "no throughput of mixture" in cost(small(DDIM=["solver=ddim"]))
+def test_a_throughput_of_another_model_does_not_count(measured):
+    measured({"a GPU": {"mnist_tiny": 2.0}})
+    assert list(cost(small(DDIM=["solver=ddim"])))[1] == UNKNOWN
 
 
 def test_a_table_that_cannot_be_read_is_an_error():
