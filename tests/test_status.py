@@ -86,6 +86,12 @@ def test_other_networks_of_a_row_are_needed_too():
     assert "`evodiff gits model=cifar10_edm steps=4-25 out=results/grids/gits_cifar10_edm.json`" in needed
 
 
+def test_several_tables_come_in_the_order_asked_for(evodiff_command):
+    code, out, _ = evodiff_command("status", "smoke", "demo")
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ")] == ["smoke", "demo"]
+
+
 def test_an_unfinished_table_that_lacks_nothing_says_so():
     assert list(lines_of(small(DDIM=["solver=ddim"])))[-1].endswith("nothing else is needed: `make table-smoke`")
 
