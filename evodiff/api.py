@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from evodiff.config import build, choices, nearest
-from evodiff.denoiser import THRESHOLDS, Denoiser
+from evodiff.denoiser import Denoiser, threshold_of
 from evodiff.errors import ConfigError
 from evodiff.grid import Spacing, grid_for
 from evodiff.guidance import Unguided
@@ -16,6 +16,7 @@ from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
 from evodiff.paths import CONFIGS
 from evodiff.plugins import registered
+from evodiff.precision import computing
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
 
@@ -58,15 +59,15 @@ def sample(
     the CPU. `solver` and `grid`: the name of a file of configs/, or an object, like EVODiff(final="euler"). `guidance`:
     an object of evodiff.guidance. `labels`: the class of each seed; by default it is drawn from the seed. The other
     arguments are keys of configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
+    Networks compute as with precision=fp32, unless the model is one that `evodiff.precision.prepared` has returned.
 
-    Raises ConfigError for what does not exist, BudgetError for an `nfe` that the solver cannot spend exactly, and
-    SamplingError if the network returns NaN.
+    Raises ConfigError for what does not exist, like float64 on MPS, BudgetError for an `nfe` that the solver cannot
+    spend exactly, and SamplingError if the network returns NaN.
     """
     model = _pretrained(model, shape, device)
     solver = named_solver(solver) if isinstance(solver, str) else solver
     spacing: Spacing = named_grid(grid) if isinstance(grid, str) else grid
-    if threshold not in THRESHOLDS:
-        raise ConfigError(f"threshold={threshold} does not exist; possible: {', '.join(THRESHOLDS)}.")
+    thresholded = threshold_of(threshold, latent=model.decode is not None)
     if not len(seeds):
         raise ConfigError("seeds is empty: give at least one, like seeds=range(16).")
     if labels is not None and (not model.num_classes or len(labels) != len(seeds)):
@@ -78,28 +79,29 @@ def sample(
     solver.check(nodes, model.shape)
 
     parts = []
-    for first in range(0, len(seeds), batch):
-        own = tuple(seeds[first : first + batch])
-        noise = SeededNoise(own)
-        y = None
-        if model.num_classes:
-            y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels[first : first + batch])
-            y = y.to(model.device)
-        denoiser = THRESHOLDS[threshold](guidance(model, y))
-        parts.append(
-            generate(
-                denoiser,
-                solver,
-                nodes,
-                own,
-                model.shape,
-                denoise_final=denoise_final,
-                noise=noise,
-                device=model.device,
-                dtype=dtype,
-                decode=model.decode,
+    with computing("fp32", model.device):
+        for first in range(0, len(seeds), batch):
+            own = tuple(seeds[first : first + batch])
+            noise = SeededNoise(own)
+            y = None
+            if model.num_classes:
+                y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels[first : first + batch])
+                y = y.to(model.device)
+            denoiser = thresholded(guidance(model, y))
+            parts.append(
+                generate(
+                    denoiser,
+                    solver,
+                    nodes,
+                    own,
+                    model.shape,
+                    denoise_final=denoise_final,
+                    noise=noise,
+                    device=model.device,
+                    dtype=dtype,
+                    decode=model.decode,
+                )
             )
-        )
     x, images = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "images"))
     return Generated(tuple(seeds), x, images, max(part.nfe for part in parts))
 

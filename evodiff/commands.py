@@ -3,7 +3,7 @@
 import importlib
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,6 +13,7 @@ from evodiff.config import build, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.experiment import current_record, sample_run, score_run
+from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
 from evodiff.record import Record
 from evodiff.run import Job, store_of
@@ -133,10 +134,32 @@ def table_main(argv: list[str]) -> int:
     if processes() > 1:
         return share_table(table)
     if any(arg.startswith("hydra/launcher=") for arg in argv):
-        launcher = build(compose_hydra("table", [f"table={argv[0]}", *argv[1:]]).launcher)
-        if failures := launch(RUN, overrides_of(table), launcher):
-            return failures
+        return launch_table(table, build(compose_hydra("table", [f"table={argv[0]}", *argv[1:]]).launcher))
     return table.make()
+
+
+def launch_table(table: "Table", launcher: Any) -> int:
+    """Make a table's runs by a launcher, then its pages, also where runs failed. Returns the exit code.
+
+    What cells read is computed by a job before them, for this machine may be one without a GPU.
+    """
+    if table.computable:
+        ((_, outcome),) = launcher.launch(failures_of_inputs, [table])
+        for line in [f"what {table.name} reads: {outcome.reason}"] if isinstance(outcome, Died) else outcome:
+            print(f"evodiff: {line}", file=sys.stderr)
+    if failures := launch(RUN, overrides_of(table), launcher):
+        table.show()
+        return failures
+    return table.make()
+
+
+def failures_of_inputs(table: "Table") -> list[str]:
+    """In a worker: make what the cells read; returns why some of it cannot be had."""
+    from evodiff.report import Failures
+
+    failures = Failures()
+    table.make_inputs(failures)
+    return failures.lines
 
 
 def overrides_of(table: "Table") -> list[list[str]]:
@@ -150,14 +173,22 @@ def overrides_of(table: "Table") -> list[list[str]]:
 
 
 def share_table(table: "Table") -> int:
-    """Under torchrun: every rank takes shards of one run after the other; rank 0 scores them and writes the pages."""
+    """Under torchrun: every rank takes shards of one run after the other; rank 0 scores them and writes the pages, also
+    where runs failed. What they read is computed by the first rank that comes. Returns the exit code."""
+    from evodiff.report import Failures
+
     use_own_gpu()
+    failures = Failures()
+    table.make_inputs(failures)
     for job in table.jobs.values():
-        try:
-            sample_and_score(job)
-        except EvodiffError as e:
-            print(f"evodiff: {job.run.key()}: {e}", file=sys.stderr)
-    return table.make() if rank() == 0 else 0
+        failures.attempt(job.run.key(), sample_and_score, job)
+    failures.tell()
+    if rank() > 0:
+        return 0  # torchrun would stop rank 0, which takes over what is left
+    if failures.reasons:
+        table.show()
+        return 1
+    return table.make()
 
 
 def wandb_main(argv: list[str]) -> int:

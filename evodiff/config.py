@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.launchers import register_launchers
-from evodiff.paths import CONFIGS
+from evodiff.paths import CONFIGS, check_checkout
 from evodiff.plugins import publish_solvers, registered
 
 
@@ -40,6 +40,7 @@ def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 @cache
 def _compose(root: str, overrides: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
     """Our part and Hydra's."""
+    check_checkout()
     publish_solvers()
     outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
     GlobalHydra.instance().clear()
@@ -117,7 +118,9 @@ def _plain(value: Any) -> Any:
 
 
 def choices(group: str) -> list[str]:
-    """The files of a config group, without extension, and the solvers of other packages."""
+    """The files of a config group, without extension, and the solvers of other packages. Raises ConfigError without
+    a checkout."""
+    check_checkout()
     others = registered() if group == "solver" else ()
     return sorted({*(path.stem for path in (CONFIGS / group).glob("*.yaml")), *others})
 

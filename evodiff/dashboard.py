@@ -111,7 +111,7 @@ def main() -> int:
     try:
         push(json.load(sys.stdin))
     except ImportError as e:
-        print(f"wandb is not installed ({e}): pip install 'evodiff[wandb]'")
+        print(f"wandb is not installed ({e}): pip install -e '.[wandb]'")
         return 1
     except Exception as e:
         print(" ".join(f"{type(e).__name__}: {e}".split()))

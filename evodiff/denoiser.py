@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from evodiff.errors import ConfigError
 from evodiff.schedule import Node, NoiseSchedule
 
 
@@ -68,3 +69,12 @@ THRESHOLDS: dict[str, Callable[[Denoiser], Denoiser]] = {
     "dynamic": DynamicThreshold,
 }
 """By the names of the key `threshold`."""
+
+
+def threshold_of(name: str, latent: bool) -> Callable[[Denoiser], Denoiser]:
+    """One of THRESHOLDS. Raises ConfigError for another name, and for one that clips latents, which have no range."""
+    if name not in THRESHOLDS:
+        raise ConfigError(f"threshold={name} does not exist; possible: {', '.join(THRESHOLDS)}.")
+    if latent and name != "none":
+        raise ConfigError(f"threshold={name} keeps images in [-1, 1], and this model samples latents. Use none.")
+    return THRESHOLDS[name]

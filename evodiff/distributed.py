@@ -1,7 +1,9 @@
 """One run on many processes: torchrun's ranks, or several commands by hand, on one machine or more.
 
 They share nothing but the run's folder. Each takes shards that nobody has, so there is no collective to hang in, and a
-dead process costs its unfinished shard. The lock of a shard ends with its process, whichever way that ends.
+dead process costs its unfinished shard. The lock of a shard ends with its process, whichever way that ends: it is the
+system's own (`flock`). A file system without it is refused with a StoreError, for a file in the place of a lock stays
+when its machine dies, and the others would wait for ever.
 """
 
 import os

@@ -22,9 +22,10 @@ from evodiff.files import whole_file
 from evodiff.grid import LogSNR, TimeGrid
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
-from evodiff.paths import CHECKPOINTS, ROOT
+from evodiff.paths import CHECKPOINTS, resolve
+from evodiff.precision import products
 from evodiff.progress import progress
-from evodiff.sampling import integrate
+from evodiff.sampling import integrate, start
 from evodiff.schedule import Node
 from evodiff.solvers.dpm_solver_v3 import Statistics
 from evodiff.solvers.dpmpp import DPMSolverPP
@@ -39,8 +40,7 @@ def load(folder: str, lambdas: Sequence[float] | None = None) -> Statistics:
     The released files do not say which half-log-SNRs they belong to: give the first and the last as `lambdas`, for EDM
     from 80 to 0.002 [-4.382, 6.2146]. Raises ConfigError.
     """
-    path = Path(folder)
-    path = path if path.is_absolute() or path.exists() else ROOT / path
+    path = resolve(folder)
     try:
         with np.load(path / "l.npz") as l_file, np.load(path / "sb.npz") as sb_file:
             arrays = [torch.from_numpy(a).double() for a in (l_file["l"], sb_file["s"], sb_file["b"])]
@@ -156,14 +156,13 @@ def compute(
                     f"{partial} is of another computation: {file['identity']}. Remove it, or set another out."
                 )
             sums, done = torch.from_numpy(file["sums"]), int(file["done"])
-    start = grid.nodes[0]
     with progress("stats ems", samples - done, "samples") as advance:
         while done < samples:
             seeds = range(done, min(done + batch, samples))
             noise = SeededNoise(seeds)
             labels = noise.labels(model.num_classes).to(model.device) if model.num_classes else None
             observer = Observer(model.denoiser(labels), grid, model.shape, noise)
-            x = noise.latents(model.shape).to(model.device, torch.float64) * (start.sigma if start.alpha == 1 else 1)
+            x = start(noise, model.shape, grid.nodes[0], model.device)
             integrate(DPMSolverPP(order=2, lower_order_final=False), observer, x, grid, denoise_final=True)
             sums, done = sums + observer.sums, seeds.stop
             with whole_file(partial) as temporary:
@@ -181,7 +180,7 @@ def main(argv: list[str]) -> int:
     given, overrides = parse("stats ems", __doc__, argv, defaults)
     if given["nodes"] < 2:
         raise ConfigError(f"nodes={given['nodes']} is impossible: differences along a trajectory need at least 2")
-    cfg, model, ends = model_of(overrides)
+    cfg, model, ends = model_of("stats ems", overrides)
     schedule = model.denoiser(None).schedule
     grid = TimeGrid.at(LogSNR().times(given["nodes"], schedule, *ends), schedule)
     identity = {
@@ -190,10 +189,12 @@ def main(argv: list[str]) -> int:
         "nodes": given["nodes"],
         "samples": given["samples"],
         "t": list(ends),
+        **({"precision": cfg.precision} if cfg.precision != "fp32" else {}),
     }
     folder = Path(given["out"] or CHECKPOINTS / cfg.model.name / "ems")
     partial = folder / "partial.npz"
-    statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
+    with products(cfg.precision):
+        statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
     save(folder, statistics)
     with whole_file(folder / "ems.json") as temporary:
         temporary.write_text(json.dumps(identity, indent=1) + "\n")

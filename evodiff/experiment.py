@@ -17,16 +17,18 @@ from torch import Tensor
 from evodiff.background import OneBehind, one_ahead
 from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build
-from evodiff.denoiser import THRESHOLDS, Denoiser
+from evodiff.denoiser import Denoiser, threshold_of
 from evodiff.errors import StoreError
-from evodiff.files import whole_file
+from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
 from evodiff.metrics.features import Features
-from evodiff.metrics.score import Scorer, files_used
+from evodiff.metrics.protocol import Protocol
+from evodiff.metrics.score import Scorer, files_used, reference_path
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import Noise
+from evodiff.paths import resolve
 from evodiff.pictures import save_grid, save_pngs
-from evodiff.precision import prepared, use_threads
+from evodiff.precision import prepared, products, use_threads
 from evodiff.progress import progress
 from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
 from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
@@ -47,6 +49,8 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     run = run or job.run
     use_threads(job.threads)
     store = store_of(job, run)
+    read = files_read(run)
+    store.check_files(store.weights | read)
     for name in store.damaged():
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
     missing = store.missing()
@@ -56,7 +60,8 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
     model = prepared(build(run.model, device=job.device), *run.computing)
     solver, grid = run.plan(model)
-    store.check_weights(model.files)
+    files = {**model.files, **read}
+    store.check_files(files)
     write_yaml(run.folder / "run.yaml", run.as_dict())
     if job.batch == "auto":
         job = replace(job, batch=batch_for(job, run, model, grid))
@@ -65,15 +70,24 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
             with ExitStack() as claim:
                 if claim.enter_context(store.claim(seeds)):
                     started, batches = time.monotonic(), []
-                    for batch in sample_batches(job, run, model, solver, grid, seeds):
-                        batches.append(batch)
-                        advance(len(batch.seeds))
+                    with products(run.precision):
+                        for batch in sample_batches(job, run, model, solver, grid, seeds):
+                            batches.append(batch)
+                            advance(len(batch.seeds))
                     shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
-                    behind(write_shard, run.folder, store, model, shard, claim.pop_all())
+                    behind(write_shard, run.folder, store, files, shard, claim.pop_all())
     if store.missing():
         return False
     save_preview(run, store)
     return True
+
+
+def files_read(run: Run) -> dict[str, str]:
+    """sha256 of what a run reads besides its model, by its name in the configuration: a file of times, statistics."""
+    grid, folder = run.grid.get("path"), (run.solver.get("statistics") or {}).get("folder")
+    paths = [grid] if grid else []
+    paths += [f"{folder}/{part}.npz" for part in ("l", "sb")] if folder else []
+    return {name: sha256(path) for name in paths if (path := resolve(name)).is_file()}
 
 
 def save_preview(run: Run, store: SampleStore) -> None:
@@ -98,7 +112,8 @@ def sample_batches(
     batches = (range(a, min(a + size, seeds.stop)) for a in range(seeds.start, seeds.stop, size))
     for batch, noise, labels in one_ahead(drawn, batches):
         generated = generate_as(run, model, denoiser_for(run, model, labels), solver, grid, batch, noise)
-        x = generated.x.float().cpu() if job.keeps_states else generated.x[:0]
+        # not a view of the state, which would stay on the device for as long as the shard is made
+        x = generated.x.float().cpu() if job.keeps_states else torch.empty(0)
         yield replace(generated, x=x, images=generated.images.cpu())
 
 
@@ -138,7 +153,8 @@ def batch_for(job: Job, run: Run, model: Pretrained, grid: TimeGrid) -> int:
 def denoiser_for(run: Run, model: Pretrained, labels: Tensor | None) -> Denoiser:
     """The denoiser of one batch: guided towards its labels, thresholded."""
     labels = None if labels is None else labels.to(model.device)
-    return THRESHOLDS[run.threshold](build(run.guidance)(model, labels))
+    thresholded = threshold_of(run.threshold, latent=model.decode is not None)
+    return thresholded(build(run.guidance)(model, labels))
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,7 @@ def shard_of(
     """What `save` keeps of finished batches: images, or their features alone."""
     arrays: dict[str, np.ndarray] = {}
     if scorer is not None:
-        features = [scorer.extracted(batch.images) for batch in batches]
+        features = [scorer.extracted(part) for batch in batches for part in batch.images.split(EXTRACTED_AT_ONCE)]
         for name in scorer.needs:
             arrays[name] = np.concatenate([getattr(part, name).numpy() for part in features])
     images = np.concatenate([batch.images.numpy() for batch in batches])
@@ -174,7 +190,7 @@ def shard_of(
     return MadeShard(seeds, arrays, nfe, seconds, protocol, images if job.save == "png" else None)
 
 
-def write_shard(folder: Path, store: SampleStore, model: Pretrained, shard: MadeShard, claim: ExitStack) -> None:
+def write_shard(folder: Path, store: SampleStore, files: Mapping[str, str], shard: MadeShard, claim: ExitStack) -> None:
     """Write it, and let go of the seeds."""
     with claim:
         if shard.pngs is not None:
@@ -184,7 +200,7 @@ def write_shard(folder: Path, store: SampleStore, model: Pretrained, shard: Made
             shard.arrays,
             nfe=shard.nfe,
             seconds=shard.seconds,
-            weights=model.files,
+            weights=files,
             protocol=shard.protocol,
         )
 
@@ -246,7 +262,16 @@ def current_record(job: Job, run: Run | None = None) -> Record | None:
         return None
     expected = (job.protocol.describe() if job.protocol else None, store.digests)
     asked_before = {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
-    return record if asked_before and (record.protocol, record.shards) == expected else None
+    same = (record.protocol, record.shards) == expected and same_reference(job.protocol, record)
+    return record if asked_before and same else None
+
+
+def same_reference(protocol: Protocol | None, record: Record) -> bool:
+    """Whether the statistics of real images are what they were, where the protocol does not say what they must be."""
+    known = record.files.get("reference")
+    if protocol is None or protocol.reference_sha256 is not None or known is None:
+        return True
+    return known == sha256(reference_path(protocol))
 
 
 def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:

@@ -1,14 +1,12 @@
 """The Gaussian with the mean and covariance of a data set, for `Teleport`."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError
-from evodiff.paths import ROOT
+from evodiff.paths import resolve
 from evodiff.solvers.teleport import Gaussian
 
 
@@ -33,9 +31,8 @@ def digits() -> Gaussian:
 
 def load(path: str) -> Gaussian:
     """From an .npz with `mean` [C, H, W] and `cov` [C H W, C H W] of images in [-1, 1]. Raises ConfigError."""
-    file = Path(path) if Path(path).exists() else ROOT / path
     try:
-        with np.load(file) as content:
+        with np.load(resolve(path)) as content:
             mean, cov = (torch.from_numpy(content[key]).double() for key in ("mean", "cov"))
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"gaussian.path={path}: {e}. Expected an .npz with mean [C, H, W] and cov.") from e

@@ -25,7 +25,7 @@ from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
 from evodiff.paths import RESULTS
 from evodiff.progress import progress
-from evodiff.sampling import integrate
+from evodiff.sampling import integrate, start
 from evodiff.schedule import Node
 from evodiff.solvers.dpmpp import DPMSolverPP
 
@@ -105,12 +105,12 @@ def search(
         raise ConfigError(f"gits: gamma={gamma} is impossible; possible: above 0, 1 for errors that just add")
     if metric not in ("dev", "l2"):
         raise ConfigError(f"gits: metric={metric} does not exist; possible: dev, l2")
-    total, start = np.zeros((len(fine.nodes), len(fine.nodes))), fine.nodes[0]
+    total = np.zeros((len(fine.nodes), len(fine.nodes)))
     with progress("gits", samples, "samples") as advance:
         for first in range(0, samples, batch):
             noise = SeededNoise(range(first, min(first + batch, samples)))
             labels = noise.labels(model.num_classes).to(model.device) if model.num_classes else None
-            x = noise.latents(model.shape).to(model.device, torch.float64) * (start.sigma if start.alpha == 1 else 1)
+            x = start(noise, model.shape, fine.nodes[0], model.device)
             total += len(x) * costs(model.denoiser(labels), x, fine, metric)
             advance(len(x))
     return {n: [fine.nodes[k].t for k in shortest(total / samples, n, gamma)] for n in steps}
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
     if not low.isdigit() or not (high or low).isdigit() or int(high or low) < int(low):
         raise ConfigError(f"steps={given['steps']} is no range: expected first-last or one number, like steps=4-25")
     steps = range(int(low), int(high or low) + 1)
-    cfg, model, ends = model_of(overrides)
+    cfg, model, ends = model_of("gits", overrides)
     schedule = model.denoiser(None).schedule
     fine = TimeGrid.at(Karras().times(given["fine"], schedule, *ends), schedule)
     found = search(model, fine, steps, given["gamma"], given["metric"], given["samples"], given["batch"])

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from evodiff.errors import BudgetError, ConfigError
+from evodiff.paths import resolve
 from evodiff.schedule import Node, NoiseSchedule
 
 if TYPE_CHECKING:
@@ -182,14 +182,15 @@ class FromFile:
     """Times from a JSON file, for grids that are computed or optimised (`evodiff gits`, AYS, DMN): a list of falling
     numbers, or a mapping from the number of steps to such a list.
 
-    They must run from t_start to t_end, to three digits: a file made for another schedule is refused.
+    They must run from t_start to t_end, to three digits: a file made for another schedule is refused. A relative path
+    may start at the project's root.
     """
 
     path: str
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         try:
-            content = json.loads(Path(self.path).read_text())
+            content = json.loads(resolve(self.path).read_text())
         except (OSError, ValueError) as e:
             raise ConfigError(f"grid file {self.path}: {e}. Expected JSON: a list of falling times.") from e
         times = content.get(str(n)) if isinstance(content, dict) else content

@@ -3,10 +3,9 @@
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from evodiff.paths import ROOT
+from evodiff.paths import ROOT, resolve
 from evodiff.run import Run
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def make(missing: Missing) -> None:
 def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
     """`model` are the overrides that choose the table's."""
     folder = (run.solver.get("statistics") or {}).get("folder")
-    if folder and not here(folder):
+    if folder and not resolve(folder).exists():
         what = f"statistics {folder}"
         # the name says how many: NODES-SAMPLES, and the end time where it is not the schedule's
         size = re.search(r"-(\d+)-(\d+)(?:-(1e-\d))?$", folder)
@@ -47,18 +46,14 @@ def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
             end = [f"t_end={size[3]}"] if size[3] else []
             argv = ("stats", "ems", *model, f"nodes={size[1]}", f"samples={size[2]}", *end, f"out={ROOT / folder}")
             yield Missing(what, _command(argv), argv)
-    if run.grid["name"] == "file" and not here(run.grid["path"]):
+    if run.grid["name"] == "file" and not resolve(run.grid["path"]).exists():
         argv = ("gits", *model, "steps=4-25", f"out={run.grid['path']}")
         yield Missing(f"grid {run.grid['path']}", _command(argv), argv)
-    if (prompts := run.model.get("prompts")) and not here(prompts):
+    if (prompts := run.model.get("prompts")) and not resolve(prompts).exists():
         yield Missing(f"prompts {prompts}", "a text file with one prompt per line")
     pipeline = str(run.model.get("pipeline", ""))
-    if pipeline.startswith("checkpoints/") and not here(pipeline):
+    if pipeline.startswith("checkpoints/") and not resolve(pipeline).exists():
         yield Missing(f"model {pipeline}", "a folder that diffusers reads (model_index.json)")
-
-
-def here(path: str) -> bool:
-    return Path(path).exists() or (ROOT / path).exists()
 
 
 def _command(argv: tuple[str, ...]) -> str:

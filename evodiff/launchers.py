@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, ClassVar
 
 from evodiff.errors import ConfigError
 from evodiff.paths import RESULTS
@@ -170,7 +170,7 @@ class Submitit:
             **{f"slurm_{key}": value for key, value in given.items() if key not in generic},
         )
         with executor.batch():
-            submitted = [executor.submit(_Requeued(function), job) for job in jobs]
+            submitted = [executor.submit(Requeued(function), job) for job in jobs]
         numbers = {id(job): i for i, job in enumerate(submitted)}
         for job in submitit.helpers.as_completed(submitted, poll_frequency=2):
             try:
@@ -181,15 +181,23 @@ class Submitit:
 
 
 @dataclass(frozen=True)
-class _Requeued:
-    """A function that, when Slurm preempts it or its time is up, is queued again: a run goes on where it stopped."""
+class Requeued:
+    """A function that, when Slurm preempts it or its time is up, is queued again: a run goes on where it stopped.
+
+    submitit ends the job by a SystemExit raised inside it. The function has to let that through while `leaving` is set,
+    for a job that returns is finished, and is not started again.
+    """
 
     function: Function
+    leaving: ClassVar[bool] = False
+    """Whether this process was told to make room."""
 
     def __call__(self, job: Any) -> Any:
         return self.function(job)
 
     def checkpoint(self, job: Any) -> Any:
+        """What submitit is to start later, asked for by the signal: the same again."""
+        Requeued.leaving = True
         return _library("submitit").helpers.DelayedSubmission(self, job)
 
 
@@ -258,7 +266,7 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         raise ConfigError(
-            f"hydra/launcher={name} needs the package {name}, which is not installed: pip install 'evodiff[cluster]'."
+            f"hydra/launcher={name} needs the package {name}, which is not installed: pip install -e '.[cluster]'."
         ) from e
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -65,10 +66,13 @@ class LegacyNoise:
 
     def __init__(self, seeds: Sequence[int], seed: int = 10, batch: int = 500):
         self.seeds, self.seed, self.batch = tuple(seeds), seed, batch
+        self._start: Tensor | None = None
 
     def latents(self, shape: Sequence[int]) -> Tensor:
-        draws = _draws(self.seed, (self.batch, *shape))
-        return torch.stack([draws[index // self.batch][index % self.batch] for index in self.seeds])
+        if self._start is None:
+            draws = _draws(self.seed, (self.batch, *shape))
+            self._start = torch.stack([draws[index // self.batch][index % self.batch] for index in self.seeds])
+        return self._start
 
     def normal(self, like: Tensor) -> Tensor:
         raise ConfigError("noise=legacy replays start noise only: a stochastic solver needs noise=seeded")
@@ -83,14 +87,16 @@ class _Draws:
     def __init__(self, seed: int, shape: tuple[int, ...]):
         self.seed, self.shape = seed, shape
         self.index, self.last = -1, torch.empty(0)
+        self.lock = Lock()
 
     def __getitem__(self, k: int) -> Tensor:
-        if k < self.index or self.index < 0:
-            self.generator, self.index = torch.Generator().manual_seed(self.seed), -1
-        while self.index < k:
-            self.last = torch.randn(self.shape, generator=self.generator)
-            self.index += 1
-        return self.last
+        with self.lock:  # the next batch is drawn on another thread
+            if k < self.index or self.index < 0:
+                self.generator, self.index = torch.Generator().manual_seed(self.seed), -1
+            while self.index < k:
+                self.last = torch.randn(self.shape, generator=self.generator)
+                self.index += 1
+            return self.last
 
 
 @cache

@@ -1,11 +1,12 @@
 """The pages of a table, results/tables/<name>/: from the records alone; images where their runs are here."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evodiff import page, text, trajectory
-from evodiff.errors import EvodiffError
+from evodiff.errors import EvodiffError, StoreError
 from evodiff.files import whole_file
 from evodiff.plots import save_curves, save_sample_sheet
 from evodiff.record import Record
@@ -42,8 +43,16 @@ def copy_records(table: "Table") -> None:
     for key, job in keys.items():
         copy = table.folder / "records" / f"{key}.json"
         record = table.record_of(job, key)
-        if record is not None and not (copy.exists() and Record.read(copy) == record):
+        if record is not None and record != _copied(copy):
             record.write(copy)
+
+
+def _copied(copy: Path) -> Record | None:
+    """None if there is none yet, or one of another version of this project, which is to be replaced."""
+    try:
+        return Record.read(copy)
+    except StoreError:
+        return None
 
 
 def sample_sheets(table: "Table") -> dict[str, dict[int, np.ndarray]]:

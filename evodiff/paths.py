@@ -3,7 +3,23 @@
 import os
 from pathlib import Path
 
-ROOT = Path(os.environ.get("EVODIFF_ROOT", Path(__file__).resolve().parent.parent))
+from evodiff.errors import ConfigError
+
+ROOT = Path(os.environ.get("EVODIFF_ROOT", Path(__file__).resolve().parent.parent)).absolute()
 CONFIGS = ROOT / "configs"
 CHECKPOINTS = ROOT / "checkpoints"
 RESULTS = Path(os.environ.get("EVODIFF_RESULTS", ROOT / "results"))
+
+
+def resolve(path: str | Path) -> Path:
+    """A file or folder that a configuration names: as it is from here if it exists, else from the project's root."""
+    return Path(path) if Path(path).exists() else ROOT / path
+
+
+def check_checkout() -> None:
+    """Raises ConfigError where configs/ is not there: a wheel holds the package only."""
+    if not CONFIGS.is_dir():
+        raise ConfigError(
+            f"there is no folder {CONFIGS}: evodiff runs from its checkout, so clone it and run `pip install -e .` "
+            f"there, or set EVODIFF_ROOT to the checkout."
+        )

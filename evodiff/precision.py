@@ -1,7 +1,7 @@
 """How networks compute: number format, memory layout, compilation. Never changed silently, and part of a run's name."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,15 +28,50 @@ def use_threads(n: int | None) -> None:
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Networks called inside compute in `precision`; with fp32, on CUDA too, in float32 and not in TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision != "fp32"
+    dtype = PRECISIONS[precision]
+    autocast = torch.autocast(device.type, dtype) if dtype else torch.autocast(device.type, enabled=False)
+    with products(precision), autocast:
+        yield
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Products of float32 inside are in TF32, or in earnest with fp32, whatever the program around has chosen, and has
+    again afterwards. For all of a run: a gradient computes as is said where it is taken, not where the network was.
+
+    torch 2.9 brought a second way to say this, and refuses to read the first where the two disagree. torch.compile and
+    some networks read the first, and only the second can overrule `torch.backends.fp32_precision`: so it is said twice.
+    """
+    allowed = precision != "fp32"
+    of: Any = torch.backends
+    operations, cudnn = [], of.cudnn
+    if hasattr(of, "fp32_precision"):
+        operations = [of.cuda.matmul, cudnn.conv, cudnn.rnn, of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
+    matmul, conv = _answer(torch.get_float32_matmul_precision), _answer(lambda: cudnn.allow_tf32)
+    own = [operation.fp32_precision for operation in operations]
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    for operation in operations:
+        operation.fp32_precision = "tf32" if allowed else "ieee"
     try:
-        dtype = PRECISIONS[precision]
-        with torch.autocast(device.type, dtype) if dtype else torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if conv is not None:
+            cudnn.allow_tf32 = conv
+        for operation, value in zip(operations, own, strict=True):
+            operation.fp32_precision = "none"  # it follows its backend, as it did before unless that differs
+            if operation.fp32_precision != value:
+                operation.fp32_precision = value
+
+
+def _answer(ask: Callable[[], Any]) -> Any:
+    """What torch answers; None where it refuses to, because the program has set it in both ways."""
+    try:
+        return ask()
+    except RuntimeError:
+        return None
 
 
 def prepared(
@@ -50,8 +85,8 @@ def prepared(
 
     With `cuda_graphs` a compiled network's kernels are recorded once and launched together after that, which pays
     where the network is small enough to wait for its launches. The networks are changed in place. The first call of a
-    compiled network takes a minute, and so does the first of another batch size. Raises ConfigError for what this model
-    or this machine cannot do.
+    compiled network takes a minute, and so does the first of another batch size. A model without networks stays as it
+    is. Raises ConfigError for what this model or this machine cannot do.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision} does not exist; possible: {', '.join(PRECISIONS)}.")
@@ -59,6 +94,8 @@ def prepared(
     asked += ["compile=true"] * compile + ["cuda_graphs=true"] * cuda_graphs
     if asked and not model.networks:
         raise ConfigError(f"{' and '.join(asked)}: this model has no network to which that applies. Leave it out.")
+    if not model.networks:
+        return model
     if precision == "tf32" and model.device.type != "cuda":
         raise ConfigError(f"precision=tf32 exists on CUDA only, not on {model.device.type}. Use fp32 or bf16.")
     if cuda_graphs and not (compile and model.device.type == "cuda"):

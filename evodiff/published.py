@@ -18,6 +18,8 @@ RELATIVE_SD = 0.01
 variation between runs at +-2 %. For N images it is sqrt(50,000 / N) times that."""
 MIN_OF_3 = 0.559
 """Variance of the least of three standard normal numbers."""
+MEAN_ABOVE_MIN_OF_3 = 0.846
+"""How far the least of three lies below their mean, in standard deviations: 3 / (2 sqrt(pi))."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 """Student's 97.5 % quantile of 2, 3, ... values."""
 STATES = ("missing", "proxy", "ok", "off", "done")
@@ -152,7 +154,8 @@ class Verdict:
         """What stands beside the paper's number: the least of three where the paper takes it, otherwise the mean."""
         if not self.values:
             return None
-        return min(self.values) if self.paper is not None and self.paper.least_of_3 else self.mean
+        least = self.paper is not None and self.paper.least_of_3 and len(self.values) > 2
+        return min(self.values) if least else self.mean
 
     @property
     def difference(self) -> float | None:
@@ -164,15 +167,16 @@ class Verdict:
 
         That of one run is measured between our seeds, but not taken below RELATIVE_SD: three seeds may agree by chance.
         The variance of the mean of k runs is 1/k of one run's, of the least of three 0.559 of it; the paper's number is
-        one run unless it says more.
+        one run unless it says more. Fewer than three of ours have no least of three: their mean lies above it.
         """
         if self.paper is None or not self.values:
             return None
         assumed = RELATIVE_SD * abs(self.paper.number) * math.sqrt(50_000 / self.images)
         one = max(assumed, self.sd or 0.0, self.standard_error or 0.0)
-        least = self.paper.least_of_3
-        parts = (MIN_OF_3 if least else 1.0) + (MIN_OF_3 if least and len(self.values) > 2 else 1 / len(self.values))
-        return 2 * one * math.sqrt(parts) + self.paper.rounding
+        least, enough = self.paper.least_of_3, len(self.values) > 2
+        parts = (MIN_OF_3 if least else 1.0) + (MIN_OF_3 if least and enough else 1 / len(self.values))
+        above = MEAN_ABOVE_MIN_OF_3 if least and not enough else 0.0
+        return one * (2 * math.sqrt(parts) + above) + self.paper.rounding
 
     @property
     def state(self) -> str:

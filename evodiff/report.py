@@ -1,13 +1,16 @@
 """Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from evodiff import inputs, pages, text
@@ -21,10 +24,51 @@ from evodiff.plots import Curve
 from evodiff.published import Published, Verdict, matching, read, unmatched
 from evodiff.record import AGAINST_REFERENCE, Record
 from evodiff.run import Job, Run
+from evodiff.store import locked
 from evodiff.tracking import Tracker
 
 PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}
 """A paper's name of a metric, and ours before the @."""
+
+
+@dataclass
+class Failures:
+    """What failed so far: the reasons, each with what failed for it."""
+
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+
+    def attempt(self, label: str, do: Callable[..., object], *arguments: Any) -> bool:
+        """Whether do(*arguments) worked. What it raises is noted under `label`, and is no more than that.
+
+        An error that is not the asker's, like too little memory on the GPU, shows its traceback when it first occurs.
+        """
+        try:
+            do(*arguments)
+            return True
+        except EvodiffError as e:
+            reason = str(e)
+        except Exception as e:
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            if reason not in self.reasons:
+                traceback.print_exc()
+        self.reasons.setdefault(reason, []).append(label)
+        if torch.cuda.is_initialized():
+            with suppress(RuntimeError):  # after an illegal access this fails as well, like all that comes
+                torch.cuda.empty_cache()
+        return False
+
+    @property
+    def lines(self) -> list[str]:
+        """One for each reason."""
+        return [
+            f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
+            for reason, (first, *others) in self.reasons.items()
+        ]
+
+    def tell(self) -> None:
+        """On standard error."""
+        for line in self.lines:
+            print(f"evodiff: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -127,35 +171,40 @@ class Table:
     def make(self) -> int:
         """Sample and score what is missing, write the pages and print the table.
 
-        A failing cell does not end the others; its reason is printed and the exit code is 1. What cells read and can be
-        computed (statistics of the model, searched grids) is made first, though not for a trial.
+        A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1. What
+        cells read and can be computed is made first.
         """
         todo: list[tuple[str, Job, Run | None]] = [(f"{r}, NFE {n}", job, None) for (r, n, _), job in self.jobs.items()]
         todo += [("reference run", job, run) for job, run in self.references.values()]
-        failures: dict[str, list[str]] = {}
-        failed: set[int] = set()
-        for missing in inputs.missing_inputs(self) if self.limit is None else ():
-            try:
-                if missing.argv:
-                    inputs.make(missing)
-            except EvodiffError as e:
-                failures.setdefault(str(e), []).append(missing.what)
+        failures = Failures()
+        self.make_inputs(failures)
         for stage in (_sample, score_run):
-            for i, (label, job, run) in enumerate(todo):
-                try:
-                    if i not in failed:
-                        stage(job, run)
-                except EvodiffError as e:
-                    failed.add(i)
-                    failures.setdefault(str(e), []).append(label)
-        for reason, labels in failures.items():
-            several = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-            print(f"evodiff: {labels[0]}{several}: {reason}", file=sys.stderr)
+            todo = [(label, job, run) for label, job, run in todo if failures.attempt(label, stage, job, run)]
+        failures.tell()
+        self.show()
+        return int(bool(failures.reasons))
+
+    @property
+    def computable(self) -> list[inputs.Missing]:
+        """What cells read, is not here and can be computed: statistics of the model, searched grids. Nothing for a
+        trial, which is not to take that long."""
+        return [m for m in inputs.missing_inputs(self) if m.argv] if self.limit is None else []
+
+    def make_inputs(self, failures: Failures) -> None:
+        """Compute them. Of processes that share the table one does it, and the others wait for its lock."""
+        if self.limit is not None:
+            return
+        model = next(iter(self.jobs.values())).run.model["name"]
+        with locked(RESULTS / "runs" / model, "inputs.lock"):
+            for missing in self.computable:
+                failures.attempt(missing.what, inputs.make, missing)
+
+    def show(self) -> None:
+        """Write the pages, publish them and print the table, of what there is."""
         if self.records:
             self.write()
             self.publish(self.tracker)
             print(self.text())
-        return int(bool(failures))
 
     def publish(self, tracker: Tracker) -> bool:
         """Show the records by a tracker, beside the papers' numbers; False if that did not work."""

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from evodiff.config import build, compose, essential, nearest, parse_range
-from evodiff.denoiser import THRESHOLDS
+from evodiff.denoiser import THRESHOLDS, threshold_of
 from evodiff.errors import ConfigError
 from evodiff.grid import TimeGrid, grid_for
 from evodiff.metrics.protocol import Protocol, from_dict
@@ -115,6 +115,7 @@ class Run:
 
     def plan(self, model: Pretrained) -> tuple[Solver, TimeGrid]:
         """The solver and the grid of this run on a model. Raises BudgetError if the NFE cannot be spent exactly."""
+        threshold_of(self.threshold, latent=model.decode is not None)
         solver: Solver = build(self.solver)
         if solver.stochastic and self.noise == "legacy":
             raise ConfigError(
@@ -215,9 +216,12 @@ def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
 
 
 def device_for(name: str) -> str:
-    """`auto` is the first accelerator, or the CPU. Raises ConfigError for a device this machine lacks."""
+    """`auto` is the first CUDA device, or the CPU: MPS has no float64, the default of the state.
+
+    Raises ConfigError for a device this machine lacks.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, ValueError) as e:

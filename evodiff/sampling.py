@@ -1,5 +1,6 @@
 """The loop, and the way from seeds to images."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Counting, Denoiser
-from evodiff.errors import SamplingError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import TimeGrid
 from evodiff.noise import Noise, SeededNoise
+from evodiff.schedule import Node
 from evodiff.solvers.base import Solver
 
 
@@ -31,6 +33,8 @@ def integrate(
 
 def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
     """[-1, 1] -> 0..255: `round` is round(127.5 x + 127.5) clipped; `truncate` drops the fraction (older scripts)."""
+    if x.device.type == "mps":  # which has no float64
+        x = x.cpu()
     grey = 127.5 * x.double() + 127.5
     grey = grey.round() if rounding == "round" else grey.floor()
     return grey.clamp(0, 255).to(torch.uint8)
@@ -44,6 +48,18 @@ class Generated:
     x: Tensor
     images: Tensor
     nfe: int
+
+
+def start(
+    noise: Noise,
+    shape: Sequence[int],
+    node: Node,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The first state, [B, *shape]: sigma z; on VP schedules z, as in papers, also from a time at which sigma < 1."""
+    variance_preserving = math.isclose(node.alpha**2 + node.sigma**2, 1, abs_tol=1e-6)
+    return noise.latents(shape).to(device, dtype) * (1.0 if variance_preserving else node.sigma)
 
 
 def generate(
@@ -65,13 +81,12 @@ def generate(
     `noise` is by default that of the seeds.
 
     Raises SamplingError if the network was called another number of times than the solver declares, or if the result
-    is not finite.
+    is not finite, and ConfigError for a `dtype` that the device lacks.
     """
-    first = grid.nodes[0]
+    if dtype == torch.float64 and torch.device(device).type == "mps":
+        raise ConfigError(f"device={device} has no float64, and the state is in float64. Set dtype=float32.")
     noise = noise or SeededNoise(seeds)
-    # x_T = sigma z; on VP schedules sigma is 1 up to rounding, and papers start from z itself
-    scale = first.sigma if first.alpha == 1 else 1.0
-    x = noise.latents(shape).to(device, dtype) * scale
+    x = start(noise, shape, grid.nodes[0], device, dtype)
     counting = Counting(denoiser)
     x = integrate(solver, counting, x, grid, noise, denoise_final)
     declared = solver.evaluations(len(grid)) + denoise_final

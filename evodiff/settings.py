@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.models.pretrained import Pretrained
-from evodiff.run import device_for
+from evodiff.precision import prepared
+from evodiff.run import Run, device_for
 
 
 def parse(
@@ -38,10 +41,28 @@ def parse(
     return values, overrides
 
 
-def model_of(overrides: list[str]) -> tuple[Any, Pretrained, tuple[float, float]]:
-    """The configuration, its model on its device, and (t_start, t_end): the schedule's own unless given."""
-    cfg = compose("run", overrides)
-    model: Pretrained = build(cfg.model, device=device_for(cfg.device))
+READ = ("model", "device", "t_start", "t_end", "precision", "channels_last")
+"""What each of these commands reads of run.yaml."""
+
+
+def model_of(
+    command: str, overrides: list[str], also: Sequence[str] = ()
+) -> tuple[Any, Pretrained, tuple[float, float]]:
+    """The configuration, its model on its device, and (t_start, t_end): the schedule's own unless given.
+
+    The model computes as the configuration says, but is not compiled: trace goes back through one call several times,
+    which a compiled network need not allow. Raises ConfigError for what cannot be.
+    """
+    cfg, read = compose("run", overrides), (*READ, *also)
+    for text in overrides:
+        if (key := text.lstrip("+~").partition("=")[0].split(".")[0]) not in read:
+            raise ConfigError(f"{text}: evodiff {command} does not read {key}, only {', '.join(read)} and its own.")
+    device = device_for(cfg.device)
+    if torch.device(device).type == "mps":
+        raise ConfigError(f"device={device} has no float64, and states are in float64 here. Use device=cpu.")
+    built: Pretrained = build(cfg.model, device=device)
+    precision, channels_last, *_ = Run.from_config(cfg).computing
+    model = prepared(built, precision, channels_last)
     schedule = model.denoiser(None).schedule
     t_start, t_end = cfg.t_start or schedule.t_start, cfg.t_end or schedule.t_end
     if not t_start > t_end > 0:

@@ -1,10 +1,13 @@
 """Samples on disk: shards of consecutive seeds, written whole, found by manifest."""
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,12 @@ from filelock import FileLock, Timeout
 from evodiff.background import one_ahead
 from evodiff.errors import StoreError
 from evodiff.files import sha256, whole_file
+
+NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What a file system without locks answers."""
+NO_MARKERS: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
+"""No files in the place of locks: the one of a process that died on another machine would stay for ever. Old versions
+of filelock do not know this setting."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class SampleStore:
 
     @property
     def weights(self) -> dict[str, str]:
-        """sha256 of the weight files that made what is here; empty for an empty store."""
+        """sha256 of the weight files that made what is here, and of what else they read; empty for an empty store."""
         return self._read().get("weights", {})
 
     @property
@@ -92,7 +101,7 @@ class SampleStore:
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
         """Hold a range against other processes; yields False if another one holds or has finished it."""
-        with self._lock(f"{shard_name(seeds.start)}.lock", timeout=0) as held:
+        with locked(self.folder, f"{shard_name(seeds.start)}.lock", timeout=0) as held:
             yield held and any(piece.start == seeds.start for piece in self.missing())
 
     def write(
@@ -114,14 +123,16 @@ class SampleStore:
         with whole_file(path) as temporary, temporary.open("wb") as f:
             np.savez(f, allow_pickle=False, seeds=np.asarray(seeds), **arrays)
         entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
-        with self._lock("manifest.lock"):
+        with locked(self.folder, "manifest.lock"):
             content = self._read()
-            self._check_weights(content, weights)
+            self._check_files(content, weights)
             # a process that cuts the seeds in other places may have written some of them in the meantime
             others = [s for s in content.get("shards", []) if s["last"] < entry.first or s["first"] > entry.last]
             content = {"run": self.run, "weights": dict(weights), "shards": [*others, asdict(entry)]}
-            with whole_file(self.manifest) as temporary:
-                temporary.write_text(json.dumps(content, indent=1) + "\n")
+            with whole_file(self.manifest) as temporary, temporary.open("w") as f:
+                f.write(json.dumps(content, indent=1) + "\n")
+                f.flush()
+                os.fsync(f.fileno())  # or a power cut leaves an empty file under the new name
 
     def files(self, wanted: Callable[[Shard], Sequence[str]]) -> Iterator[tuple[Shard, dict[str, np.ndarray]]]:
         """Every shard with those of its arrays that are `wanted` of it, in order of seeds; one is read ahead.
@@ -172,43 +183,22 @@ class SampleStore:
                 break
         return found
 
-    def check_weights(self, weights: Mapping[str, str]) -> None:
-        """Raise StoreError if the images here were made with other weight files."""
-        self._check_weights(self._read(), weights)
+    def check_files(self, files: Mapping[str, str]) -> None:
+        """Raise StoreError if the images here were made of other files than these, name -> sha256."""
+        self._check_files(self._read(), files)
 
-    def _check_weights(self, content: Mapping[str, Any], weights: Mapping[str, str]) -> None:
-        if content.get("shards") and content["weights"] != dict(weights):
-            changed = sorted(k for k in weights if content["weights"].get(k) != weights[k])
+    def _check_files(self, content: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        changed = sorted(name for name, digest in content.get("weights", {}).items() if files.get(name) != digest)
+        if content.get("shards") and changed:
             raise StoreError(
-                f"{self.folder} was sampled with other weights ({', '.join(changed) or 'other files'}). "
-                f"Remove the folder to sample anew, or restore the weights."
+                f"{self.folder} was sampled with other files ({', '.join(changed)}). Remove the folder to sample anew, "
+                f"or restore them."
             )
 
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""
         path = self.folder / shard.file
         return path.exists() and _digest(path, path.stat().st_mtime_ns, path.stat().st_size) == shard.sha256
-
-    @contextmanager
-    def _lock(self, name: str, timeout: float = -1) -> Iterator[bool]:
-        """Hold one lock of this store; yields False if another process has it, still after `timeout` seconds."""
-        try:
-            (self.folder / ".locks").mkdir(parents=True, exist_ok=True)
-            # thread_local=False: the thread that writes a shard lets go of its seeds
-            lock = FileLock(self.folder / ".locks" / name, thread_local=False)
-            lock.acquire(timeout=timeout)
-        except Timeout:
-            yield False
-            return
-        except OSError as e:
-            raise StoreError(
-                f"cannot write to {self.folder}: {e.strerror or e}. Make room, or choose another results folder; then "
-                f"run the same command again."
-            ) from e
-        try:
-            yield True
-        finally:
-            lock.release()
 
     def _read(self) -> dict[str, Any]:
         if not self.manifest.exists():
@@ -230,6 +220,39 @@ class SampleStore:
                 f"Move the folder away or choose another results folder."
             )
         return content
+
+
+@contextmanager
+def locked(folder: Path, name: str, timeout: float = -1) -> Iterator[bool]:
+    """Hold one lock of a folder, which ends with its process; yields False if another process has it, still after
+    `timeout` seconds (-1: wait).
+
+    Raises StoreError for a folder that cannot be written, or whose file system has no locks.
+    """
+    try:
+        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+        # thread_local=False: the thread that writes a shard lets go of its seeds
+        lock = FileLock(folder / ".locks" / name, thread_local=False, **NO_MARKERS)
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError) as e:  # the latter is what old versions of filelock make of ENOSYS
+        why = getattr(e, "strerror", None) or e
+        if getattr(e, "errno", errno.ENOSYS) in NO_FLOCK:
+            raise StoreError(
+                f"{folder} is on a file system without locks (flock: {why}), and processes cannot share work without "
+                f"them. Mount it with the option that gives them (Lustre: -o flock), or set EVODIFF_RESULTS to a "
+                f"folder elsewhere; then run the same command again."
+            ) from e
+        raise StoreError(
+            f"cannot write to {folder}: {why}. Make room, or choose another results folder; then run the same command "
+            f"again."
+        ) from e
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @lru_cache(maxsize=100_000)

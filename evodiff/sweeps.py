@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from evodiff.config import build, compose, compose_hydra
 from evodiff.errors import EvodiffError
-from evodiff.launchers import Died
+from evodiff.launchers import Died, Requeued
 from evodiff.run import Job, Run
 
 MOST = 100
@@ -126,7 +126,10 @@ def _already(action: Action, overrides: list[str]) -> Outcome | None:
 
 
 def work(do: Callable[[Job], str], overrides: list[str]) -> Outcome:
-    """In a worker: do it, with all output, and the traceback of what goes wrong, in log.txt in the run's folder."""
+    """In a worker: do it, with all output, and the traceback of what goes wrong, in log.txt in the run's folder.
+
+    Nothing is raised but the SystemExit of a job that is queued again.
+    """
     try:
         job = Job.compose(overrides)
     except EvodiffError as e:
@@ -142,6 +145,8 @@ def work(do: Callable[[Job], str], overrides: list[str]) -> Outcome:
             print(f"evodiff: {e}", flush=True)
             return Outcome(str(e), failed=True)
         except BaseException as e:  # sys.exit as well: it ends one run, not the sweep
+            if isinstance(e, SystemExit) and Requeued.leaving:
+                raise
             traceback.print_exc()
             said = " ".join(f"{type(e).__name__}: {e}".split())
             return Outcome(f"{said} (traceback in {log})", failed=True, unexpected=True)

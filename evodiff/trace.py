@@ -31,7 +31,8 @@ from evodiff.grid import TimeGrid
 from evodiff.models.analytic import GaussianMixture
 from evodiff.noise import SeededNoise
 from evodiff.paths import RESULTS
-from evodiff.sampling import integrate
+from evodiff.precision import products
+from evodiff.sampling import integrate, start
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver
 
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> int:
     defaults = {"solver": "ddim,dpmpp_2m,evodiff", "seeds": "0-63", "probes": 4, "out": None}
     given, overrides = parse("trace", __doc__, argv, defaults)
     seeds = parse_range(given["seeds"])
-    cfg, model, _ = model_of(overrides)
+    cfg, model, _ = model_of("trace", overrides, ("nfe", "grid", "solver"))
     traces = {}
     for name in given["solver"].split(","):
         run = Run.from_config(compose("run", [*overrides, f"solver={name}"]))
@@ -207,9 +208,9 @@ def main(argv: list[str]) -> int:
         solver, grid = run.plan(model)
         noise = SeededNoise(seeds)
         labels = noise.labels(model.num_classes).to(model.device) if model.num_classes else None
-        first = grid.nodes[0]
-        x = noise.latents(model.shape).to(model.device, torch.float64) * (first.sigma if first.alpha == 1 else 1)
-        traces[name] = trace(model.denoiser(labels), solver, grid, x, noise, given["probes"])
+        x = start(noise, model.shape, grid.nodes[0], model.device)
+        with products(run.precision):
+            traces[name] = trace(model.denoiser(labels), solver, grid, x, noise, given["probes"])
     folder = Path(given["out"] or RESULTS / "traces" / f"{cfg.model.name}-nfe{cfg.nfe}")
     write(folder, traces)
     for name, rows in traces.items():

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from evodiff.checkpoints.registry import offline
 from evodiff.errors import ConfigError
 from evodiff.paths import RESULTS
 
@@ -101,8 +102,12 @@ class WandB:
 
     def _push(self, content: dict[str, Any]) -> str | None:
         """None, or in a few words why it did not work."""
+        if content["mode"] == "online" and offline():
+            return "EVODIFF_OFFLINE is set"
         limit = self.timeout + PER_RUN * len(content["runs"])
         environment = os.environ | {"EVODIFF_RESULTS": str(RESULTS)}
+        if offline():
+            environment["WANDB_ERROR_REPORTING"] = "false"  # wandb's own crash reports are sent in every mode
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "evodiff.dashboard"],

@@ -1,5 +1,7 @@
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from evodiff.compat import import_torchvision
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
+from evodiff.metrics import dinov2
 from evodiff.metrics.features import extractor
 from evodiff.metrics.resize import resize
 from evodiff.verify.metrics import Check, main, relative, write_random_inception
@@ -141,24 +144,64 @@ def test_torchvision_imports_beside_this_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def test_dinov2_through_torch_fidelity(monkeypatch):
-    class Backbone(torch.nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3)).repeat(1, 342)[:, :1024]
+NETWORK = """
+from torch import nn
 
-    monkeypatch.setattr(torch.hub, "load", lambda repo, name: Backbone())
+def dinov2_vitl14(pretrained):
+    assert not pretrained
+    return nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, 1024))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's cache, with a small network in place of DINOv2's; without a network connection."""
+    asked = []
+
+    def refuse(host, *args, **kwargs):
+        asked.append(host)
+        raise OSError("no internet")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    code = tmp_path / "hub" / f"facebookresearch_dinov2_{dinov2.COMMIT}"
+    code.mkdir(parents=True)
+    (code / "hubconf.py").write_text(NETWORK)
+    weights = tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_pretrain.pth"
+    weights.parent.mkdir()
+    torch.manual_seed(0)
+    torch.save({"2.weight": torch.randn(1024, 48), "2.bias": torch.zeros(1024)}, weights)
     extractor.cache_clear()
-    out = extractor("dinov2")(images(2, 3, 32, 32))
+    yield SimpleNamespace(code=code, weights=weights, asked=asked)
+    extractor.cache_clear()
+
+
+def test_dinov2_is_torch_fidelitys_with_the_network_of_one_commit(hub, monkeypatch):
+    x = images(2, 3, 32, 32)
+    out = extractor("dinov2")(x)
     assert out.features.shape == (2, 1024) and out.logits is None
+    assert hub.asked == []  # with the main branch of today torch.hub asks for its name, also where it is in the cache
+    import_torchvision()
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
 
-    def offline(repo, name):
-        raise RuntimeError("no internet")
+    backbone = dinov2._backbone()
+    monkeypatch.setattr(torch.hub, "load", lambda repository, name: backbone)
+    assert torch.equal(FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])(x)[0], out.features)
 
-    monkeypatch.setattr(torch.hub, "load", offline)
-    extractor.cache_clear()
-    with pytest.raises(ConfigError, match="network access"):
+
+def test_weights_of_dinov2_are_data(hub):
+    torch.save({"2.weight": torch.zeros(1024, 48), "2.bias": Bomb()}, hub.weights)
+    with pytest.raises(ConfigError, match="UnpicklingError"):
         extractor("dinov2")
-    extractor.cache_clear()
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_dinov2_that_is_not_here_says_what_to_copy(hub, monkeypatch, offline):
+    monkeypatch.setenv("EVODIFF_OFFLINE", offline)
+    hub.weights.unlink()
+    with pytest.raises(ConfigError, match=f"on a machine with internet run .*:{dinov2.COMMIT}.*, and copy") as raised:
+        extractor("dinov2")
+    assert ("EVODIFF_OFFLINE is set" in str(raised.value)) == (hub.asked == []) == (offline == "1")
 
 
 @pytest.mark.slow

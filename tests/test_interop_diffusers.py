@@ -323,7 +323,5 @@ def test_steps_out_of_order_say_what_to_do():
 def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "evodiff.interop.diffusers")
-    with pytest.raises(
-        ConfigError, match=r"needs the package diffusers. Install it: pip install 'evodiff\[diffusers\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"needs the package diffusers. Install it: pip install -e '\.\[diffusers\]'"):
         importlib.import_module("evodiff.interop.diffusers")

@@ -1,13 +1,18 @@
 """Latent models through diffusers, on tiny random pipelines built here."""
 
+import dataclasses
+
 import pipelines
 import pytest
 import torch
 
+import evodiff
+from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import ClassifierFree, Unguided
 from evodiff.models.latent import latent, read_prompts
+from evodiff.run import Job
 from evodiff.sampling import generate
 from evodiff.solvers.dpmpp import DPMSolverPP
 
@@ -23,9 +28,18 @@ def test_prompts_are_the_lines_of_a_file(tmp_path):
         read_prompts(str(tmp_path / "absent.txt"))
 
 
+@pytest.mark.parametrize("threshold", ["clip", "dynamic"])
+def test_latents_are_not_clipped_to_the_range_of_images(threshold):
+    model = dataclasses.replace(build(compose("run", ["model=mixture"]).model), decode=lambda z: z)
+    run = Job.compose(["model=mixture", f"threshold={threshold}", "nfe=4"]).run
+    for sample in (lambda: run.plan(model), lambda: evodiff.sample(model, nfe=4, seeds=[0], threshold=threshold)):
+        with pytest.raises(ConfigError, match=f"threshold={threshold} keeps images .* and this model samples latents"):
+            sample()
+
+
 def test_without_diffusers_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ConfigError, match=r"pip install 'evodiff\[diffusers\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[diffusers\]'"):
         latent("anything")
 
 

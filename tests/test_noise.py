@@ -1,5 +1,7 @@
 """A sample is its seed."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -45,6 +47,16 @@ def test_legacy_replays_one_global_seed_in_batches():
         assert torch.equal(LegacyNoise(seeds, seed=10, batch=5).latents(SHAPE), stream[list(seeds)])
 
 
+def test_legacy_draws_the_same_on_several_threads():
+    """A run draws its next batch beside the one that is sampled."""
+    batches = [range(first, first + 10) for first in range(0, 400, 10)]
+    shape = (1, 32, 32)
+    alone = [LegacyNoise(seeds, seed=4, batch=16).latents(shape) for seeds in batches]
+    with ThreadPoolExecutor(8) as threads:
+        together = threads.map(lambda seeds: LegacyNoise(seeds, seed=4, batch=16).latents(shape), batches * 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone * 3, together, strict=True))
+
+
 def test_legacy_has_no_noise_for_stochastic_solvers_nor_labels():
     with pytest.raises(ConfigError, match="noise=seeded"):
         LegacyNoise([0]).normal(torch.zeros(1, *SHAPE))
@@ -54,7 +66,8 @@ def test_legacy_has_no_noise_for_stochastic_solvers_nor_labels():
 
 @pytest.mark.parametrize("noise", [SeededNoise([3, 4]), LegacyNoise([3, 7], batch=5)])
 def test_the_start_is_the_same_when_asked_again(noise):
-    assert torch.equal(noise.latents(SHAPE), noise.latents(SHAPE))
+    """And is not drawn again, when the generators have gone on."""
+    assert noise.latents(SHAPE) is noise.latents(SHAPE)
 
 
 def test_legacy_draws_nothing_twice_in_rising_order(monkeypatch):

@@ -6,14 +6,23 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
+import evodiff
+from evodiff import experiment, settings
+from evodiff.config import build
 from evodiff.errors import ConfigError
+from evodiff.experiment import sample_run
+from evodiff.grid import LogSNR, grid_for
+from evodiff.guidance import Classifier
 from evodiff.models.analytic import GaussianMixture
 from evodiff.models.mnist import mnist_tiny
 from evodiff.models.pretrained import Pretrained
-from evodiff.precision import computing, prepared
+from evodiff.precision import computing, prepared, products
 from evodiff.run import Job, store_of
+from evodiff.sampling import integrate
 from evodiff.schedule import EDM
+from evodiff.solvers.ddim import DDIM
 
 WAYS = ([], ["precision=bf16"], ["channels_last=true"], ["compile=true"], ["compile=true", "cuda_graphs=true"])
 NODE = EDM().node(1.0)
@@ -59,15 +68,181 @@ def test_a_compiled_network_is_the_same_function(plain):
     assert relative(answer(channels_last=True, compile=True), plain) < 1e-5
 
 
+def legacy():
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+def operations():
+    """What has a setting of its own since torch 2.9."""
+    of = torch.backends
+    if not hasattr(of, "fp32_precision"):
+        return []
+    return [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn, of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
+
+
+def by_operation():
+    return [operation.fp32_precision for operation in operations()]
+
+
+since_29 = pytest.mark.skipif(not operations(), reason="this torch has the older way to allow TF32 only")
+
+
+@pytest.fixture
+def tf32():
+    """Sets what is allowed as torch does when it starts, before and after the test."""
+
+    def reset():
+        torch.set_float32_matmul_precision("highest")
+        for setting in (torch.backends, torch.backends.cudnn, *operations()) if operations() else ():
+            setting.fp32_precision = "none"
+        torch.backends.cudnn.allow_tf32 = True
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("tf32", True), ("bf16", True)])
-def test_tf32_is_only_on_inside_and_where_asked_for(precision, allowed):
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+def test_tf32_is_only_on_inside_and_where_asked_for(tf32, precision, allowed):
+    before = legacy()
     with computing(precision, torch.device("cpu")):
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+        assert legacy()[:2] == (allowed, allowed)
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
-    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    assert legacy() == before == (False, True, "highest")
     assert not torch.is_autocast_enabled("cpu")
+
+
+@since_29
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "set_before",
+    [
+        "backends.fp32_precision = 'tf32'",
+        "backends.fp32_precision = 'ieee'",
+        "backends.cudnn.fp32_precision = 'tf32'",
+        "backends.cuda.matmul.fp32_precision = 'tf32'",
+        "backends.cudnn.conv.fp32_precision = 'ieee'",
+        "backends.cudnn.allow_tf32 = False",
+        "backends.cuda.matmul.allow_tf32 = True",
+        "set_float32_matmul_precision('medium')",
+    ],
+)
+def test_whatever_the_program_allows_is_overruled_inside_and_allowed_again(tf32, set_before, precision):
+    exec(f"torch.{set_before}")
+    before, older = by_operation(), legacy() if "allow" in set_before or "medium" in set_before else None
+    with computing(precision, torch.device("cpu")):
+        assert set(by_operation()) == {"ieee" if precision == "fp32" else "tf32"}
+        legacy()  # torch.compile asks it, and it must not refuse to answer
+    assert by_operation() == before
+    if older:
+        assert legacy() == older
+
+
+@since_29
+def test_operations_that_follow_their_backend_follow_it_still(tf32):
+    torch.backends.fp32_precision = "tf32"
+    with computing("fp32", torch.device("cpu")):
+        pass
+    torch.backends.fp32_precision = "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.mkldnn.conv.fp32_precision == "ieee"
+
+
+class Noted(torch.autograd.Function):
+    """The identity, which notes where TF32 is allowed when it runs forward, and when backward."""
+
+    @staticmethod
+    def forward(ctx, x, notes):
+        ctx.notes = notes
+        notes.append(("forward", *legacy()[:2]))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.notes.append(("backward", *legacy()[:2]))
+        return gradient, None
+
+
+class Noting(nn.Module):
+    """A network that predicts half of what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes = []
+
+    def forward(self, x, t=None):
+        return 0.5 * Noted.apply(x, self.notes)
+
+    def log_p(self, x, node, labels):
+        return -self(x - labels.view(-1, 1, 1, 1)).square().sum((1, 2, 3))
+
+
+@pytest.fixture
+def noting(tf32):
+    """A model that notes what it is allowed, in a program that allows TF32 everywhere: (model, notes)."""
+    torch.set_float32_matmul_precision("high")
+    network = Noting()
+    model = evodiff.wrap(network, shape=(1, 2, 2), predicts="x0", schedule=EDM(), check=False)
+    model = dataclasses.replace(model, num_classes=3, classifier=network.log_p, decode=network)
+    return model, network.notes
+
+
+BOTH_WAYS = {("forward", False, False), ("backward", False, False)}
+
+
+def test_fp32_is_no_tf32_in_a_classifiers_gradient(noting):
+    model, notes = noting
+    x, labels = torch.randn(2, 1, 2, 2, dtype=torch.float64), torch.tensor([2, 0])
+    grid = grid_for(3, DDIM(), LogSNR(), EDM())
+    expected = integrate(DDIM(), Classifier()(model, labels), x, grid)
+    assert {note[1:] for note in notes} == {(True, True)}, "the program's own choice"
+    notes.clear()
+    with products("fp32"):
+        assert torch.equal(integrate(DDIM(), Classifier()(prepared(model), labels), x, grid), expected)
+    assert set(notes) == BOTH_WAYS and len(notes) == 9
+
+
+def test_fp32_is_no_tf32_in_a_run(noting, results, monkeypatch):
+    """Its classifier's gradient and its decoder among them; and the program has its own choice again."""
+    model, notes = noting
+    guided = ["solver=ddim", "guidance=classifier"]
+    job = Job.compose(["model=mnist_tiny", "protocol=none", "nfe=2", "seeds=0-1", *guided])
+    monkeypatch.setattr(experiment, "build", lambda config, **_: model if config is job.run.model else build(config))
+    assert sample_run(job)
+    assert set(notes) == BOTH_WAYS and len(notes) == 2 * 3 + 1
+    assert legacy() == (True, True, "high")
+
+
+def test_fp32_is_no_tf32_from_python(noting):
+    model, notes = noting
+    evodiff.sample(model, "ddim", 2, range(2), guidance=Classifier())
+    assert set(notes) == BOTH_WAYS and len(notes) == 2 * 3 + 1, "denoiser, classifier, its gradient; the decoder"
+    assert legacy() == (True, True, "high")
+
+
+def test_fp32_is_no_tf32_where_a_command_follows_gradients(noting, monkeypatch, evodiff_command, tmp_path):
+    model, notes = noting
+    monkeypatch.setattr(settings, "build", lambda config, **_: model)
+    assert evodiff_command("trace", "solver=ddim", "nfe=2", "seeds=0-1", f"out={tmp_path / 'traces'}")[0] == 0
+    assert set(notes) == BOTH_WAYS
+    with pytest.raises(ConfigError, match="precision=tf32 exists on CUDA only"):
+        settings.model_of("trace", ["device=cpu", "precision=tf32"])
+
+
+@pytest.mark.parametrize("text", ["threshold=clip", "guidance=classifier", "denoise_final=true", "noise=legacy"])
+def test_a_command_refuses_what_it_would_not_read(text):
+    with pytest.raises(ConfigError, match=f"{text}: evodiff gits does not read {text.partition('=')[0]}, only model,"):
+        settings.model_of("gits", ["model=mixture", text])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_classifier_has_the_same_gradient():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 3))
+    model = dataclasses.replace(
+        mnist_tiny(), networks=(network,), classifier=lambda x, node, y: network(x.float()).log_softmax(1)[:, 0]
+    )
+    plain, compiled = (Classifier()(prepared(model, compile=how), torch.zeros(3))(X, NODE) for how in (False, True))
+    assert relative(compiled, plain) < 1e-5
 
 
 def test_a_classifier_computes_in_the_same_format_and_keeps_its_gradient():

@@ -6,7 +6,7 @@ import torch
 
 from evodiff.errors import ConfigError, MetricError
 from evodiff.metrics.protocol import Protocol, from_dict, protocol
-from evodiff.paths import CONFIGS
+from evodiff.paths import CONFIGS, ROOT
 from evodiff.sampling import to_uint8
 
 NAMES = sorted(p.stem for p in (CONFIGS / "protocol").glob("*.yaml") if p.stem != "none")
@@ -22,6 +22,14 @@ def test_every_protocol_loads_and_is_called_as_its_file(name):
 
 def test_no_two_protocols_share_a_hash():
     assert len({protocol(name).hash for name in NAMES}) == len(NAMES)
+
+
+def test_protocols_of_committed_records_keep_their_hash():
+    records = list((ROOT / "results" / "tables").glob("*/records/*.json"))
+    kept = {p["hash"]: p for p in (json.loads(path.read_text())["protocol"] for path in records) if p}
+    assert kept
+    for hash, fields in kept.items():
+        assert from_dict(fields).hash == protocol(fields["name"]).hash == hash
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +51,7 @@ CHANGES = {
     "reference": "other.npz",
     "reference_sha256": "00",
     "n": 10,
-    "labels": "balanced",
+    "labels": "seeded_random",
 }
 
 
@@ -102,6 +110,9 @@ def test_impossible_protocols_are_refused():
         protocol("none")
     with pytest.raises(ConfigError, match="truncate"):
         protocol("mnist", rounding="ceil")
+    # labels are drawn by the seeds in any case: a protocol that says otherwise would be another hash of the same images
+    with pytest.raises(ConfigError, match="labels='balanced' is not possible; choose none or seeded_random"):
+        protocol("mnist", labels="balanced")
     with pytest.raises(ConfigError, match="unknown fields .'colour'"):
         protocol("mnist", colour=1)
     with pytest.raises(ConfigError, match="missing fields"):

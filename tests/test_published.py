@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from evodiff.errors import ConfigError
-from evodiff.published import FOLDER, MIN_OF_3, RELATIVE_SD, Published, Verdict, matching, read, unmatched
+from evodiff.published import (
+    FOLDER,
+    MEAN_ABOVE_MIN_OF_3,
+    MIN_OF_3,
+    RELATIVE_SD,
+    Published,
+    Verdict,
+    matching,
+    read,
+    unmatched,
+)
 from evodiff.text import ours_and_paper
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.csv"))
@@ -107,6 +117,20 @@ def test_the_least_of_three_is_compared_with_the_least_of_three():
 def test_the_variance_of_the_least_of_three():
     draws = np.random.default_rng(0).standard_normal((400_000, 3)).min(axis=1)
     assert draws.var() == pytest.approx(MIN_OF_3, rel=0.01)
+
+
+def test_the_mean_above_the_least_of_three():
+    draws = np.random.default_rng(0).standard_normal((400_000, 3)).min(axis=1)
+    assert draws.mean() == pytest.approx(-MEAN_ABOVE_MIN_OF_3, rel=0.01)
+
+
+@pytest.mark.parametrize("ours", [1, 2, 3])
+def test_equal_procedures_are_seldom_off_beside_the_least_of_three(ours):
+    """At most one case of twenty, also where we have too few runs to take a least of three."""
+    draws = 10 + 10 * RELATIVE_SD * np.random.default_rng(2).standard_normal((4000, 3 + ours))
+    papers = [paper(f"{d[:3].min():.6f}", variant="min of 3 FID runs") for d in draws]
+    off = [verdict(*d[3:], p=p).state == "off" for d, p in zip(draws.tolist(), papers, strict=True)]
+    assert np.mean(off) < 0.055
 
 
 def test_two_equal_procedures_differ_beyond_the_tolerance_in_one_case_of_twenty():

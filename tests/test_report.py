@@ -7,14 +7,15 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from evodiff import published, text
+from evodiff import published, report, text
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
 from evodiff.pictures import mosaic, save_grid
-from evodiff.report import Table
+from evodiff.report import Failures, Table
 from evodiff.text import show
 from evodiff.trajectory import trajectory
 
@@ -93,6 +94,47 @@ def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
     assert "Heun, NFE 5: Heun cannot spend exactly nfe=5" in err
     assert re.search(r"\| Heun \| missing \| \*?\*?[\d.]+", out)
     assert "3 of 4 cells done" in out
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+
+
+@pytest.mark.parametrize("stage", ["sample_run", "score_run"])
+def test_an_unexpected_error_does_not_end_the_table_either(small, results, capsys, monkeypatch, stage):
+    table = small()
+    does, failing = getattr(report, stage), table.cells["DDIM", 5].jobs[0]
+    monkeypatch.setattr(
+        report, stage, lambda job, run: (out_of_memory if (job, run) == (failing, None) else does)(job, run)
+    )
+    assert table.make() == 1
+    out, err = capsys.readouterr()
+    assert "Traceback (most recent call last)" in err and "in out_of_memory" in err
+    assert "evodiff: DDIM, NFE 5: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB." in err
+    assert "3 of 4 cells done" in out
+    assert (results / "tables" / "smoke" / "report.html").exists()
+
+
+def test_failures_are_grouped_and_leave_no_memory_held(capsys, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("once"))
+    failures = Failures()
+    assert failures.attempt("fine", print, "done")
+    assert not emptied
+    assert [failures.attempt(label, out_of_memory) for label in "abc"] == [False] * 3
+    assert len(emptied) == 3
+    failures.tell()
+    out, err = capsys.readouterr()
+    assert out == "done\n"
+    assert err.count("Traceback") == 1
+    assert "evodiff: a and 2 more: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB.\n" in err
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failures.attempt("d", interrupt)
 
 
 def test_one_run_in_two_cells_is_refused(small):
@@ -193,6 +235,16 @@ def test_a_record_of_another_protocol_is_not_taken(small, results):
     assert small().records["DDIM", 5, 0].protocol is None
 
 
+def test_a_copy_of_another_version_is_replaced(small, results):
+    table = small()
+    table.make()
+    copy = next((table.folder / "records").glob("*.json"))
+    before = copy.read_text()
+    copy.write_text(json.dumps(json.loads(before) | {"of_later_versions": 1}))
+    small().write()
+    assert copy.read_text() == before
+
+
 def test_a_command_makes_its_cell(small, evodiff_command):
     table = small({"DDIM": {"run": ["solver=ddim"], "at": [{"nfe": [5], "run": ["t_end=0.01"]}]}})
     cell = table.cells["DDIM", 5]
@@ -216,6 +268,22 @@ def test_what_cells_read_is_computed_first(small, results, tmp_path):
     assert small(rows).make() == 0
     assert len(small(rows).records) == 4 and missing_inputs(small(rows)) == []
     assert json.loads((folder / "ems.json").read_text())["samples"] == 8
+
+
+def test_a_launcher_computes_it_first_too_and_the_pages_are_written_also_when_a_cell_fails(
+    evodiff_command, results, tmp_path
+):
+    grid = tmp_path / "grid.json"
+    base = "'model=mixture','protocol=none','seeds=0-15','shard=8','batch=8','metrics=[contrast]'"
+    rows = ["~table.rows.DDIM", "~table.rows.EVODiff", "+table.rows.Heun=['solver=heun']"]
+    rows += [f"+table.rows.Searched=['solver=ddim','grid=file','grid.path={grid}']"]
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    code, out, err = evodiff_command("table", "smoke", f"table.base=[{base}]", "table.nfe=[5]", *rows, *launcher)
+    assert code == 1
+    assert "Heun cannot spend exactly nfe=5" in err
+    assert grid.exists()
+    assert "3 of 4 cells done" in out
+    assert "3 of 4 cells done" in (results / "tables" / "smoke" / "table.md").read_text()
 
 
 def test_a_trajectory_ends_with_the_sample(small):

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 
+from evodiff import settings
 from evodiff.denoiser import Clipped, Counting, DynamicThreshold
-from evodiff.errors import SamplingError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.models.analytic import mixture
 from evodiff.noise import SeededNoise
-from evodiff.sampling import generate, to_uint8
-from evodiff.schedule import EDM, Node
+from evodiff.run import device_for
+from evodiff.sampling import generate, start, to_uint8
+from evodiff.schedule import EDM, Flow, LinearVP, Node
 from evodiff.solvers.ddim import DDIM
 
 
@@ -19,6 +21,48 @@ def test_rounding_and_truncating_bytes():
     x = torch.tensor([-1.5, -1.0, -0.9, 0.0, 0.001, 0.999, 1.0, 1.2])
     assert to_uint8(x).tolist() == [0, 0, 13, 128, 128, 255, 255, 255]
     assert to_uint8(x, "truncate").tolist() == [0, 0, 12, 127, 127, 254, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t", "scale"),
+    [(EDM(), 80.0, 80.0), (EDM(), 5.0, 5.0), (LinearVP(), 1.0, 1.0), (LinearVP(), 0.2, 1.0), (Flow(), 0.8, 0.8)],
+)
+def test_the_start_is_sigma_z_but_z_where_the_variance_is_preserved(schedule, t, scale):
+    noise = SeededNoise([3])
+    expected = scale * noise.latents((1, 4, 4)).double()
+    torch.testing.assert_close(start(noise, (1, 4, 4), schedule.node(t)), expected, rtol=1e-12, atol=0)
+
+
+class OnMPS:
+    """A tensor on a device without float64."""
+
+    device = torch.device("mps")
+
+    def __init__(self, on_cpu):
+        self.on_cpu = on_cpu
+
+    def cpu(self):
+        return self.on_cpu
+
+
+def test_bytes_are_rounded_in_float64_also_where_the_device_has_none():
+    x = torch.tensor([-1.0, 0.001, 1.0])
+    assert torch.equal(to_uint8(OnMPS(x)), to_uint8(x))
+
+
+def test_a_state_in_float64_on_mps_is_refused():
+    denoiser, grid = tiny()
+    with pytest.raises(ConfigError, match=r"device=mps has no float64, .* Set dtype=float32\."):
+        generate(denoiser, DDIM(), grid, [0], (1, 4, 4), device="mps")
+
+
+def test_a_mac_is_not_given_a_device_without_float64(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_for("auto") == "cpu"
+    monkeypatch.setattr(settings, "device_for", lambda name: name)
+    with pytest.raises(ConfigError, match="device=mps has no float64, and states are in float64 here. Use device=cpu"):
+        settings.model_of("gits", ["device=mps"])
 
 
 class Constant:

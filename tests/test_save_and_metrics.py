@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evodiff import experiment
+from evodiff.config import build
+from evodiff.metrics.score import Scorer
 from evodiff.record import recut
+from evodiff.run import Job
 
 RUN = ["solver=ddim", "nfe=2", "seeds=0-23", "shard=10", "batch=7", "device=cpu"]
 REFERENCE = "reference_run=['solver=ddim','nfe=3']"
@@ -48,6 +52,21 @@ def test_features_alone_give_the_score_that_the_images_give(run, results):
     assert [set(a) for a in arrays_of(results)] == [{"seeds", "features"}] * 3
     assert not (folder_of(results) / "grid.png").exists()
     assert kept.shape == (24, 1, 32, 32)
+
+
+def test_the_extractor_is_given_as_many_images_at_once_while_sampling_as_while_scoring(run, monkeypatch):
+    sizes, extracted = [], Scorer.extracted
+    monkeypatch.setattr(Scorer, "extracted", lambda self, images: sizes.append(len(images)) or extracted(self, images))
+    monkeypatch.setattr(experiment, "EXTRACTED_AT_ONCE", 4)
+    assert run(*FEATURES)[0] == 0
+    assert sizes == [4, 3, 3] * 2 + [4], "batches of 7 in shards of 10, the last of 4"
+
+
+def test_a_state_that_is_not_kept_is_not_held(results):
+    job = Job.compose(["model=mixture", "protocol=none", "metrics=[]", *RUN])
+    model = build(job.run.model, device="cpu")
+    made = next(experiment.sample_batches(job, job.run, model, *job.run.plan(model), range(7)))
+    assert not job.keeps_states and made.x.untyped_storage().nbytes() == 0
 
 
 def test_states_are_kept_only_where_a_metric_compares_them(run, results):

@@ -245,6 +245,17 @@ def normal(n, d=4, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
+def test_jackknife_does_not_see_the_order_of_classes():
+    """Folders are read in order of names, class by class."""
+    random = torch.Generator().manual_seed(7)
+    labels = torch.arange(10).repeat_interleave(200)
+    x = torch.randn(2000, 3, generator=random).double() + 4 * torch.randn(10, 3, generator=random).double()[labels]
+    reference = Gaussian(torch.zeros(3).double(), torch.eye(3).double())
+    shuffled = x[torch.randperm(2000, generator=random)]
+    in_order, at_random = (jackknife(groups(y), Moments.of(y), reference) for y in (x, shuffled))
+    assert 0.5 < in_order / at_random < 2
+
+
 def test_jackknife_is_the_scatter_over_repetitions():
     """The standard error said by one sample, against the spread over 200 samples. Away from the reference, where the
     distance is nearly linear in the moments."""

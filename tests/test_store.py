@@ -1,6 +1,7 @@
 """The store: whole files, one run per folder, nothing lost, nothing doubled."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from evodiff.errors import StoreError
+from evodiff.files import whole_file
 from evodiff.store import SampleStore
 
 RUN = {"solver": {"name": "ddim"}, "nfe": 5}
@@ -128,7 +130,7 @@ def test_a_broken_manifest_is_refused(tmp_path):
 def test_other_weights_are_refused(tmp_path):
     store = store_at(tmp_path)
     write(store, range(0, 4), weights={"net.safetensors": "aa"})
-    with pytest.raises(StoreError, match="sampled with other weights"):
+    with pytest.raises(StoreError, match="sampled with other files"):
         write(store, range(4, 8), weights={"net.safetensors": "bb"})
     assert store.missing() == [range(4, 8), range(8, 10)]
 
@@ -165,6 +167,21 @@ def test_a_range_is_handed_to_one_process_at_a_time(tmp_path):
         assert not again, "it is finished"
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, code):
+    """A file in the place of a lock would stay for ever when its machine dies, and all others would wait for it."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    store = store_at(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StoreError, match=rf"without locks \(flock: {os.strerror(code)}\).* -o flock"):
+        write(store, range(0, 4))
+    with pytest.raises(StoreError, match="without locks"), store.claim(range(0, 4)):
+        pass
+
+
 KILLED = """
 import os, sys
 from pathlib import Path
@@ -193,3 +210,14 @@ def test_killed_while_writing_nothing_is_listed(tmp_path, step):
     fill(store)
     images = np.concatenate([images for (images,) in store.batches("images")])
     assert images[:, 0, 0, 0].tolist() == list(range(10))
+
+
+def test_two_writers_of_one_file_do_not_meet_on_the_way(tmp_path):
+    """Also where both have one process number, on two machines."""
+    path = tmp_path / "run.yaml"
+    with whole_file(path) as mine:
+        mine.write_text("mine")
+        with whole_file(path) as other:
+            other.write_text("other")
+    assert path.read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]

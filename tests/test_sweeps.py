@@ -14,9 +14,9 @@ from sweep_jobs import meet, obey, pid_or_nothing
 from evodiff import launchers
 from evodiff.config import compose_hydra
 from evodiff.errors import ConfigError
-from evodiff.launchers import Died, Processes, Ray, Submitit
+from evodiff.launchers import Died, Processes, Ray, Requeued, Submitit
 from evodiff.paths import ROOT
-from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch
+from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch, work
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
 HOWTO = ROOT / "docs/howto"
@@ -197,6 +197,39 @@ def test_failures_are_logged_where_they_happened_counted_and_repeated(results, c
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "nfe 5 was done"
     assert sorted(out[1:]) == ["nfe 6 done", "nfe 7 done", "nfe 8 done"]
+
+
+def preempted(job):
+    """The first time it is told to make room in the midst of its work."""
+    print("at work")
+    if not (job.run.folder / "begun").exists():
+        (job.run.folder / "begun").touch()
+        os.kill(os.getpid(), signal.SIGUSR2)
+    return behave(job)
+
+
+def test_a_job_that_makes_room_is_left_by_its_exit(results, monkeypatch):
+    """For submitit what returns is finished, also when it returns a failure."""
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(Requeued, "leaving", False)
+    overrides = [*MIXTURE, "solver=ddim", "nfe=7"]
+    requeued = Requeued(partial(work, misbehave))
+    assert "SystemExit: enough" in requeued(overrides).text  # its own exit is a failure
+    assert requeued.checkpoint(overrides).function is requeued
+    with pytest.raises(SystemExit):
+        requeued(overrides)
+
+
+@pytest.mark.slow
+def test_a_preempted_job_starts_again_and_ends_well(results, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(launchers, "RESULTS", results)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    jobs = [[*MIXTURE, "solver=ddim", "nfe=5"]]
+    assert launch(Action(preempted, whether_done), jobs, Submitit(cluster="local", timeout_min=60)) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == ("nfe 5 done\n", "")
+    assert next(results.rglob("log.txt")).read_text().count("at work") == 2
 
 
 def test_the_exit_code_stays_a_count(results, capsys):

@@ -1,5 +1,7 @@
 """Teleport: the closed-form flow of a Gaussian, and what follows it."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from exact import MEAN, SHORT_EDM, STD, VP, exact_flow, gaussian, grid, start
 from evodiff.denoiser import Counting
 from evodiff.errors import ConfigError
 from evodiff.gaussian import digits, fit, from_covariance, load
+from evodiff.grid import LogSNR, grid_for
 from evodiff.sampling import integrate
 from evodiff.solvers.dpmpp import DPMSolverPP
+from evodiff.solvers.scire import SciRESinglestep
 from evodiff.solvers.teleport import Gaussian, Teleport
 
 
@@ -48,6 +52,16 @@ def test_steps_of_the_flow_compose():
     for step in g.steps():
         steps = gauss.flow(steps, step.s, step.t)
     torch.testing.assert_close(steps, gauss.flow(x, g.nodes[0], g.nodes[-1]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_base_with_its_own_steps_has_them_after_the_gaussian():
+    """Of orders 3, 3 and 1, the last step is a third as long as those before."""
+    solver = Teleport(SciRESinglestep(order=3)).for_budget(7)
+    times = grid_for(7, solver, LogSNR(), VP).nodes
+    lengths = [t.lam - s.lam for s, t in itertools.pairwise(times[solver.skip :])]
+    assert lengths == pytest.approx([3 * lengths[-1], 3 * lengths[-1], lengths[-1]])
+    plain = Teleport(DPMSolverPP(order=2)).for_budget(5)
+    assert grid_for(5, plain, LogSNR(), VP).nodes == grid_for(7, DPMSolverPP(order=2), LogSNR(), VP).nodes
 
 
 def test_what_is_off_the_axes_has_the_rest_of_the_variance():

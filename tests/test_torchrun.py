@@ -153,6 +153,22 @@ def test_other_ranks_sample_the_reference_too_and_are_silent(results, monkeypatc
     assert capsys.readouterr() == ("", "")
 
 
+def test_ranks_share_a_table_with_what_its_cells_read(tmp_path_factory, tmp_path):
+    """A searched grid is made by one rank, the other waits; a failing cell ends neither the others nor the pages."""
+    elsewhere, grid = tmp_path_factory.mktemp("ranks"), tmp_path / "grid.json"
+    base = "'model=mixture','protocol=none','seeds=0-15','shard=4','batch=4','metrics=[contrast]','device=cpu'"
+    rows = ["~table.rows.DDIM", "~table.rows.EVODiff", "+table.rows.Heun=['solver=heun']"]
+    rows += [f"+table.rows.Searched=['solver=ddim','grid=file','grid.path={grid}']"]
+    table = ["smoke", f"table.base=[{base}]", "table.nfe=[5]", "device=cpu", *rows]
+    done = torchrun(2, elsewhere, ROOT / "scripts/table.py", *table)
+    assert done.returncode != 0
+    assert "Heun cannot spend exactly nfe=5" in done.stderr
+    assert str(grid) not in done.stderr
+    assert done.stdout.count(f"{grid}: grids of") == 1
+    assert "3 of 4 cells done" in done.stdout
+    assert (elsewhere / "tables/smoke/report.html").exists()
+
+
 def test_a_sweep_under_torchrun_is_refused(evodiff_command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = evodiff_command("run", "-m", *ALONE)

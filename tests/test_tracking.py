@@ -2,6 +2,7 @@
 
 import json
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -190,6 +191,21 @@ def test_what_cannot_be_sent_is_written_offline(results, monkeypatch, capsys):
     assert err.count("\n") == 1
     assert "writing offline" in err
     assert read_back(results).keys() == {RECORDS[0].key}
+
+
+def test_without_a_network_nothing_is_sent(results, monkeypatch, capsys):
+    pushed = []
+
+    def run(command, input, env, **kwargs):
+        pushed.append((json.loads(input)["mode"], env.get("WANDB_ERROR_REPORTING")))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(tracking.subprocess, "run", run)
+    monkeypatch.setenv("EVODIFF_OFFLINE", "1")
+    assert not WandB(mode="online").publish(RECORDS[0].key, RECORDS[:1])
+    assert capsys.readouterr().err == "evodiff: W&B: EVODIFF_OFFLINE is set; writing offline\n"
+    assert pushed == [("offline", "false")]
+    assert WandB().publish(RECORDS[0].key, RECORDS[:1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

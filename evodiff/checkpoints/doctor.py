@@ -65,7 +65,7 @@ def _machine() -> Iterator[Finding]:
         yield Finding("note", "device", "cpu: enough for mnist_tiny; the published models take hours per table.")
     for package, use in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
-            yield Finding("note", package, f"absent, only needed for {use}: `pip install evodiff[{package}]`.")
+            yield Finding("note", package, f"absent, only needed for {use}: `pip install -e '.[{package}]'`.")
 
 
 def _disk() -> Iterator[Finding]:

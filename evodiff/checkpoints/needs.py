@@ -8,12 +8,13 @@ import yaml
 
 from evodiff.checkpoints.registry import find, registry
 from evodiff.errors import ConfigError
-from evodiff.paths import CHECKPOINTS, CONFIGS
+from evodiff.paths import CHECKPOINTS, CONFIGS, check_checkout
 
 GROUPS = ("model", "solver", "grid", "guidance", "protocol")
 
 
 def tables() -> list[str]:
+    check_checkout()
     return sorted(path.stem for path in (CONFIGS / "table").glob("*.yaml"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from evodiff.errors import ConfigError
-from evodiff.paths import CHECKPOINTS
+from evodiff.paths import CHECKPOINTS, check_checkout
 
 MANIFEST = CHECKPOINTS / "manifest.yaml"
 KINDS = ("model", "classifier", "reference", "extractor")
@@ -75,6 +75,7 @@ def _read(path: Path) -> Mapping[str, Entry]:
     try:
         raw = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as e:
+        check_checkout()
         raise ConfigError(f"{path} cannot be read: {' '.join(str(e).split())}") from e
     known = {f.name for f in fields(Entry)}
     entries = {}

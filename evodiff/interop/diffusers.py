@@ -1,4 +1,4 @@
-"""The solvers of this project as schedulers of diffusers (`pip install 'evodiff[diffusers]'`).
+"""The solvers of this project as schedulers of diffusers (`pip install -e '.[diffusers]'`).
 
     from evodiff.interop.diffusers import EVODiffScheduler
 
@@ -37,7 +37,7 @@ try:
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as e:
     raise ConfigError(
-        "evodiff.interop.diffusers needs the package diffusers. Install it: pip install 'evodiff[diffusers]'."
+        "evodiff.interop.diffusers needs the package diffusers. Install it: pip install -e '.[diffusers]'."
     ) from e
 
 

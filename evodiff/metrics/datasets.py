@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from evodiff.checkpoints.registry import offline
 from evodiff.compat import import_torchvision
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError
@@ -75,7 +76,8 @@ def dataset_batches(
 ) -> tuple[Iterator[Tensor], dict[str, Any]]:
     """uint8 batches [B, C, H, W] of a data set in DATASETS, of `mnist`, or of the images at a path, and provenance.
 
-    torchvision keeps (and for CIFAR-10 and CelebA downloads) its data in `root`. Raises ConfigError where it is absent.
+    torchvision keeps its data in `root`, and downloads CIFAR-10 and CelebA unless EVODIFF_OFFLINE is set. Raises
+    ConfigError where it is absent.
     """
     if name == "mnist":
         images, _ = mnist_digits()
@@ -102,10 +104,15 @@ def _open(dataset: Dataset, name: str, root: Path) -> Any:
     import_torchvision()
     from torchvision import datasets
 
-    download = {} if dataset.name == "LSUN" else {"download": True}
+    download = {} if dataset.name == "LSUN" else {"download": not offline()}
     try:
         return getattr(datasets, dataset.name)(root, **dataset.arguments, **download)
     except Exception as e:
+        if offline():
+            raise ConfigError(
+                f"{name} is not whole in {root} and EVODIFF_OFFLINE is set. On a machine with internet download "
+                f"torchvision's {dataset.name}, and copy its folder there, or name another with --root."
+            ) from e
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ConfigError(
             f"{name} could not be opened in {root} or downloaded ({reason}); put torchvision's {dataset.name} there"

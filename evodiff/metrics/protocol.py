@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from evodiff.errors import ConfigError, MetricError
-from evodiff.paths import CONFIGS
+from evodiff.paths import CONFIGS, check_checkout
 
 ROUNDINGS = ("round", "truncate")
-LABEL_POLICIES = ("none", "balanced", "seeded_random")
+LABEL_POLICIES = ("none", "seeded_random")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Protocol:
     reference         file under checkpoints/, or name in the registry
     reference_sha256  like extractor_sha256
     n                 number of images; fewer make a proxy, which no table of a paper accepts
-    labels            of class-conditional models: none, balanced or seeded_random
+    labels            how the classes of its images are chosen: `seeded_random`, by each image's seed, as the classes of
+                      a conditional model always are; `none` where the published models have no classes
     feature_dtype, moment_dtype  of the extractor and of everything after it
     """
 
@@ -50,7 +51,7 @@ class Protocol:
     moment_dtype: str = "float64"
 
     def __post_init__(self) -> None:
-        allowed = {"rounding": ROUNDINGS, "labels": LABEL_POLICIES}
+        allowed: dict[str, tuple[str, ...]] = {"rounding": ROUNDINGS, "labels": LABEL_POLICIES}
         allowed |= {"feature_dtype": ("float32",), "moment_dtype": ("float64",)}
         for key, values in allowed.items():
             if getattr(self, key) not in values:
@@ -98,6 +99,7 @@ class Protocol:
 
 def protocol(name: str, **changes: Any) -> Protocol:
     """The protocol in configs/protocol/NAME.yaml, with entries replaced by `changes`. Raises ConfigError."""
+    check_checkout()
     files = {p.stem: p for p in (CONFIGS / "protocol").glob("*.yaml") if p.stem != "none"}
     if name not in files:
         raise ConfigError(f"no protocol is called {name!r}; there are {', '.join(sorted(files))}")

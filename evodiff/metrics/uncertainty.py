@@ -17,8 +17,8 @@ GROUPS = 20
 def jackknife(parts: Iterable[Moments], total: Moments, reference: Gaussian) -> float:
     """Standard error of the distance of `total`, the sum of `parts`, to `reference`, by leaving out one part at a time.
 
-    Parts should be of about equal size and independent (shards of seeds are). It is the scatter from this choice of
-    images; the bias from their finite number is not in it.
+    Parts should be of about equal size and independent (`groups`, shards of seeds). It is the scatter from this choice
+    of images; the bias from their finite number is not in it.
     """
     distances = []
     for part in parts:
@@ -30,9 +30,10 @@ def jackknife(parts: Iterable[Moments], total: Moments, reference: Gaussian) -> 
     return math.sqrt((g - 1) * np.var(distances))
 
 
-def groups(features: Tensor, count: int = GROUPS) -> Iterator[Moments]:
-    """Moments of `count` consecutive parts of features [n, d]."""
-    return (Moments.of(part) for part in features.tensor_split(min(count, len(features))))
+def groups(features: Tensor, count: int = GROUPS, seed: int = 0) -> Iterator[Moments]:
+    """Moments of `count` random parts of features [n, d]: in a folder, neighbours are often of one class."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    return (_moments(features, rows) for rows in order.tensor_split(min(count, len(features))))
 
 
 def frechet_infinity(

@@ -5,18 +5,21 @@ A text-conditional model takes its prompts from a file, one a line; an image's l
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evodiff.checkpoints.registry import offline
 from evodiff.compat import import_torchvision
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
 from evodiff.models.pretrained import Pretrained
+from evodiff.paths import resolve
 from evodiff.schedule import DiscreteVP
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -31,18 +34,27 @@ def latent(
 ) -> Pretrained:
     """A folder or a hub name that diffusers reads: its U-Net, decoder, betas and, with `prompts`, its text encoder.
 
-    Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
+    Relative paths may start at the project's root. Under EVODIFF_OFFLINE a hub name means what the hub's cache on this
+    machine holds of it. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
     """
+    if offline():
+        # before the import: huggingface_hub fetches a list of programs that use it, also when all files are local
+        os.environ["HF_HUB_OFFLINE"] = "1"
     import_torchvision()  # diffusers' models import it, and beside a CPU build of torch it fails without this
     try:
         from diffusers import DiffusionPipeline
     except ImportError as e:
-        raise ConfigError(
-            "latent models need the package diffusers. Install it: pip install 'evodiff[diffusers]'."
-        ) from e
+        raise ConfigError("latent models need the package diffusers. Install it: pip install -e '.[diffusers]'.") from e
+    folder = resolve(pipeline)
+    source = str(folder if folder.exists() else pipeline)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(pipeline), safety_checker=None)
+        pipe = DiffusionPipeline.from_pretrained(source, safety_checker=None, local_files_only=offline())
     except (OSError, ValueError, ImportError, TypeError) as e:
+        if offline() and not folder.exists():
+            raise ConfigError(
+                f"model.pipeline={pipeline} is not here and EVODIFF_OFFLINE is set. On a machine with internet run "
+                f"`hf download {pipeline} --local-dir FOLDER`, copy FOLDER here, and set model.pipeline to it."
+            ) from e
         raise ConfigError(
             f"model.pipeline={pipeline} cannot be read by diffusers ({' '.join(str(e).split())[:200]}). "
             f"Give a folder with model_index.json, or a name on the hub."
@@ -58,7 +70,7 @@ def latent(
         )
     embeddings = embed_prompts(parts["tokenizer"], parts["text_encoder"].to(device), texts) if texts else None
     model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, device)
-    files = _files(Path(pipeline)) | ({Path(prompts).name: sha256(Path(prompts))} if prompts is not None else {})
+    files = _files(folder) | ({Path(prompts).name: sha256(resolve(prompts))} if prompts is not None else {})
     return dataclasses.replace(model, files=files)
 
 
@@ -120,9 +132,9 @@ def embed_prompts(tokenizer: Any, encoder: Any, prompts: list[str]) -> Tensor:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file that are not empty. Raises ConfigError."""
+    """The lines of a file that are not empty; a relative path may start at the project's root. Raises ConfigError."""
     try:
-        prompts = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in resolve(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"model.prompts={path} cannot be read ({e}). Give a text file with one prompt per line."

@@ -32,6 +32,7 @@ class Statistics:
     """Empirical model statistics l, s, b, float64 [M + 1, C, H, W], at half-log-SNRs `lambdas` [M + 1], rising.
 
     Between the nodes they are linear; their integrals are trapezoidal sums over the nodes, as in the released code.
+    That one also moves each time of the grid to the nearest of the nodes, which is not done here.
     """
 
     lambdas: Tensor

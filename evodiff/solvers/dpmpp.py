@@ -2,7 +2,9 @@
 
 One evaluation per step. Global order 1 for order 1, and 2 for orders 2 and 3: the released third order multiplies the
 second derivative D2 = h^2 D'' / 2 by h_phi_3 where the exact integral has 2 h_phi_3, and so leaves half of it out.
-UniPC with order=3 and corrector=false is the same method with the whole of it, and of third order.
+UniPC with order=3 and corrector=false is the same method with the whole of it, and of third order. The last steps wind
+down to first order as in DPM-Solver-v3's copy of the code; the original does that below 10 steps only, and from there
+on is this with lower_order_final=false.
 """
 
 import math

@@ -87,7 +87,9 @@ class EVODiff(Multistep):
 
     `final`: the last step as released, or a plain Euler (DDIM) step. `fine_grid`: above this many steps zeta has
     another formula. `mu`: the shift of zeta*. `clock`: what the difference weight w is measured in, kappa or t (the
-    same on EDM). For ablations: `zeta`, `eta` fix a weight, and without `balance` the differences are plain, r = 1.
+    same on EDM). Without `lower_order_final` the last step ends at its probe, which nothing corrects; the released code
+    spends one more evaluation on that. For ablations: `zeta`, `eta` fix a weight, and without `balance` the differences
+    are plain, r = 1.
     """
 
     order: int = 2
@@ -168,7 +170,8 @@ class EVODiff(Multistep):
         return unit / zeta * B - gain * D1
 
     def balanced(self, span: Span, step: Step) -> Tensor:
-        """r of a balanced difference m - r m0: 1 early, later the projection of m onto m0."""
+        """r of a balanced difference m - r m0: between the ratio of the steps' kappa and the projection of m onto m0,
+        which soon weighs half."""
         m, m0, _ = span.vectors()
         onto = ratio(span.dot(m, m0), span.dot(m0, m0))
         if not self.balance:

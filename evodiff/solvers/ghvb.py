@@ -1,5 +1,7 @@
 """Momentum against divergence artifacts (Wizadwongsa et al., arXiv 2307.11118): heavy ball on any multistep solver, and
-generalised heavy ball (GHVB, algorithm 2). One evaluation per step of the base, or per step.
+generalised heavy ball (GHVB, algorithm 2). One evaluation per step of the base, or per step. GHVB is as released; the
+released heavy ball for DPM-Solver++ averages only its data term D0 + D1 / 2, and only on second-order steps, which
+changes less.
 
 In y = x / alpha and kappa = sigma / alpha the diffusion ODE is dy/dkappa = eps. Heavy ball averages the slope that the
 base would take, v <- (1 - beta) v + beta slope, which costs an order unless beta = 1. GHVB averages eps and weights the

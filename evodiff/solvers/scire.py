@@ -102,7 +102,11 @@ class SciRESinglestep(Solver):
 
 @dataclass(frozen=True)
 class SciREMultistep(Multistep):
-    """SciRE, multistep 2 and 3: one evaluation per step. The third order is weighted as released."""
+    """SciRE, multistep 2 and 3: one evaluation per step. The third order is weighted as released.
+
+    The second order, which the third begins and ends with, is the paper's. The released code has the fourth root of a
+    ratio of log kappa in the place of the ratio of the steps in kappa, and a phi_1 that changes on the way.
+    """
 
     order: int = 2
     m: int = 3

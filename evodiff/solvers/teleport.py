@@ -15,9 +15,9 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
-from evodiff.grid import Step, TimeGrid
+from evodiff.grid import Spacing, Step, TimeGrid
 from evodiff.noise import Noise
-from evodiff.schedule import Node
+from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.fields import check_number
 
@@ -97,6 +97,14 @@ class Teleport(Solver):
 
     def evaluations(self, steps: int) -> int:
         return self.base.evaluations(steps - self.skip) if steps > self.skip else 0
+
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        """The spacing's; where `base` has its own way with it, that of `base` from where the Gaussian stops."""
+        times = super().times(spacing, steps, schedule, t_start, t_end)
+        if type(self.base).times is Solver.times or steps <= self.skip:
+            return times
+        rest = self.base.times(spacing, steps - self.skip, schedule, times[self.skip], t_end)
+        return [*times[: self.skip], *rest]
 
     def init(self, noise: Noise | None) -> State:
         return self.base.init(noise)

@@ -2,7 +2,8 @@
 
 Against exposure bias: a state that has drifted from its noise level is given to the network at the time, within a
 window around the grid's, whose noise variance is nearest to the state's own variance over pixels, and the step starts
-from there. Below a cutoff the grid's times are kept.
+from there. Below a cutoff the grid's times are kept. The released code turns this round: it asks the network at the
+grid's time and moves the time at which the step ends; with window=0 the two are one.
 
 Each image has its own time, so a batch costs one network pass per distinct time chosen in it, though each image is
 evaluated once and NFE counts that. The window does not shrink with the step: the method does not converge.

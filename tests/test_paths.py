@@ -1,0 +1,52 @@
+"""Files that a configuration names are found from any folder: here first, then in the project."""
+
+import numpy as np
+import pipelines
+import pytest
+
+from evodiff import ems, paths
+from evodiff.grid import FromFile
+from evodiff.models.latent import latent, read_prompts
+from evodiff.schedule import EDM
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """The project's root; the current folder is another one."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "project"
+
+
+def times(path):
+    return FromFile(path).times(2, EDM(), 80, 0.002)
+
+
+def test_a_grid_file(project, tmp_path):
+    (project / "grid.json").write_text("[80, 1, 0.002]")
+    assert times("grid.json") == [80, 1, 0.002]
+    (tmp_path / "elsewhere" / "grid.json").write_text("[80, 2, 0.002]")
+    assert times("grid.json") == [80, 2, 0.002]
+    assert times(str(project / "grid.json")) == [80, 1, 0.002]
+
+
+def test_prompts(project):
+    (project / "prompts.txt").write_text("a cat\n")
+    assert read_prompts("prompts.txt") == ["a cat"]
+
+
+def test_statistics(project):
+    ones = np.ones((3, 1, 2, 2))
+    (project / "ems").mkdir()
+    np.savez(project / "ems" / "l.npz", l=ones, lambdas=np.array([-1.0, 0.0, 1.0]))
+    np.savez(project / "ems" / "sb.npz", s=ones, b=ones)
+    assert ems.load("ems").l.shape == (3, 1, 2, 2)
+
+
+def test_a_pipeline_with_its_prompts(project):
+    pipelines.text_conditional(project)
+    model = latent("sd", prompts="prompts.txt")
+    assert model.num_classes == 2
+    assert "prompts.txt" in model.files and any("unet" in name for name in model.files)
