@@ -1,6 +1,7 @@
 """The Python interface: from a model and a solver to images, in one call."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from evodiff.noise import SeededNoise
 from evodiff.paths import CONFIGS
 from evodiff.plugins import registered
 from evodiff.precision import computing
+from evodiff.run import DTYPES
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
 
@@ -36,7 +38,7 @@ def sample(
     seeds: Sequence[int] = range(16),
     *,
     grid: Spacing | str = "logsnr",
-    guidance: Guidance = UNGUIDED,
+    guidance: Guidance | str = UNGUIDED,
     labels: Sequence[int] | None = None,
     denoise_final: bool = False,
     t_start: float | None = None,
@@ -56,8 +58,8 @@ def sample(
 
     `model`: what `evodiff.wrap` returns, the name of a file of configs/model, or a denoiser D(x, node) of your own with
     a `schedule`; that one needs the `shape` [C, H, W] of a sample. `device`: of a named model or a denoiser, by default
-    the CPU. `solver` and `grid`: the name of a file of configs/, or an object, like EVODiff(final="euler"). `guidance`:
-    an object of evodiff.guidance. `labels`: the class of each seed; by default it is drawn from the seed. The other
+    the CPU. `solver`, `grid` and `guidance`: the name of a file of configs/, or an object, like EVODiff(final="euler").
+    `labels`: the class of each seed; by default it is drawn from the seed. The other
     arguments are keys of configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
     Networks compute as with precision=fp32, unless the model is one that `evodiff.precision.prepared` has returned.
 
@@ -67,11 +69,18 @@ def sample(
     model = _pretrained(model, shape, device)
     solver = named_solver(solver) if isinstance(solver, str) else solver
     spacing: Spacing = named_grid(grid) if isinstance(grid, str) else grid
+    guided: Guidance = build(_config("guidance", guidance)) if isinstance(guidance, str) else guidance
     thresholded = threshold_of(threshold, latent=model.decode is not None)
-    if not len(seeds):
-        raise ConfigError("seeds is empty: give at least one, like seeds=range(16).")
+    if not isinstance(seeds, Sequence) or not seeds or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
+        raise ConfigError(f"seeds={seeds!r} is impossible: give at least one number from 0 on, like seeds=range(16).")
+    if not (nfe is None or type(nfe) is int) or type(batch) is not int or batch < 1:
+        raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, batch at least 1.")
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype!r} is impossible: give torch.float64 or torch.float32.")
     if labels is not None and (not model.num_classes or len(labels) != len(seeds)):
         raise ConfigError(f"{len(labels)} labels for {len(seeds)} seeds of a model with {model.num_classes} classes.")
+    if labels is not None and not all(0 <= y < model.num_classes for y in labels):
+        raise ConfigError(f"labels={labels!r} are impossible: classes are 0 to {model.num_classes - 1}.")
     if nfe is not None:
         solver = solver.for_budget(nfe - denoise_final)
     schedule = model.denoiser(None).schedule
@@ -87,7 +96,7 @@ def sample(
             if model.num_classes:
                 y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels[first : first + batch])
                 y = y.to(model.device)
-            denoiser = thresholded(guidance(model, y))
+            denoiser = thresholded(guided(model, y))
             parts.append(
                 generate(
                     denoiser,

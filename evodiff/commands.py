@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from evodiff.config import build, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import current_record, sample_run, score_run
+from evodiff.experiment import check_scorable, current_record, sample_run, score_run
 from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
 from evodiff.record import Record
@@ -48,6 +48,7 @@ def sample_and_score(job: Job) -> str:
         if job.reference_run:
             sample_run(job, job.reference_run)
         return ""
+    check_scorable(job)
     if processes() > 1:
         finish(job)
     elif not sample_run(job):

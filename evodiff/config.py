@@ -150,7 +150,10 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
-            return f"{text!r} is no override. Expected key=value, like nfe=10 or solver=ddim."
+            return (
+                f"{text!r} is no override. Expected key=value, like nfe=10 or solver=ddim; what holds a = itself needs "
+                f"quotes, like reference_run=['solver=unipc_3','nfe=200']."
+            )
         key, value = override.key_or_group, override.value()
         group = CONFIGS / key
         if group.is_dir() and isinstance(value, str) and value not in choices(key):
@@ -169,7 +172,7 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
 def _keys(root: str) -> set[str]:
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
     assert isinstance(raw, dict)
-    groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry}
+    groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry if " " not in str(key)}
     return ({str(key) for key in raw} | groups) - {"defaults", "hydra"}
 
 

@@ -18,7 +18,7 @@ from evodiff.background import OneBehind, one_ahead
 from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build
 from evodiff.denoiser import Denoiser, threshold_of
-from evodiff.errors import StoreError
+from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
 from evodiff.metrics.features import Features
@@ -53,6 +53,8 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     store.check_files(store.weights | read)
     for name in store.damaged():
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
+    for name in store.lacking():
+        print(f"{run.key()}: {name} has no {' and '.join(store.needs)} in it; sampling it anew", file=sys.stderr)
     missing = store.missing()
     if not missing:
         save_preview(run, store)
@@ -83,11 +85,29 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
 
 
 def files_read(run: Run) -> dict[str, str]:
-    """sha256 of what a run reads besides its model, by its name in the configuration: a file of times, statistics."""
-    grid, folder = run.grid.get("path"), (run.solver.get("statistics") or {}).get("folder")
-    paths = [grid] if grid else []
-    paths += [f"{folder}/{part}.npz" for part in ("l", "sb")] if folder else []
-    return {name: sha256(path) for name in paths if (path := resolve(name)).is_file()}
+    """sha256 of the files that a configuration names, for they may change: of times, of statistics, of weights.
+
+    By the name there; weights by the file's name, as in Pretrained.files.
+    """
+    statistics = run.solver.get("statistics")
+    folder = statistics.get("folder") if isinstance(statistics, Mapping) else None
+    names = [run.grid["path"]] if "path" in run.grid else []
+    names += [f"{folder}/{part}.npz" for part in ("l", "sb")] if folder else []
+    found = {str(name): resolve(str(name)) for name in names}
+    weights = Path(str(run.model.get("weights")))
+    return {name: sha256(path) for name, path in {**found, weights.name: weights}.items() if path.is_file()}
+
+
+def check_scorable(job: Job) -> None:
+    """Raise now what scoring would raise after hours of sampling: files that are not here, or a single image."""
+    if job.protocol and job.scored and current_record(job) is None:
+        if len(job.run.seed_range) < 2:
+            seed = job.run.seeds[0]
+            raise ConfigError(
+                f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
+                f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
+            )
+        Scorer(job.protocol, job.device, job.scored)
 
 
 def save_preview(run: Run, store: SampleStore) -> None:

@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -23,8 +24,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as e:
+        full = "make room and " if e.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StoreError(
-            f"cannot write {path}: {e.strerror or e}. Nothing was changed; make room and run the same command again."
+            f"cannot write {path}: {e.strerror or e}. Nothing was changed; {full}run the same command again."
         ) from e
     finally:
         temporary.unlink(missing_ok=True)

@@ -233,7 +233,10 @@ def grid_for(
     t_start = schedule.t_start if t_start is None else t_start
     t_end = schedule.t_end if t_end is None else t_end
     if not t_start > t_end > 0:
-        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end above 0")
+        raise ConfigError(
+            f"t_start={t_start} must be above t_end={t_end}, and t_end above 0; for a last step to 0 set "
+            f"denoise_final=true"
+        )
     steps = steps_for(nfe, solver, denoise_final)
     return TimeGrid.at(solver.times(spacing, steps, schedule, t_start, t_end), schedule)
 

@@ -3,6 +3,7 @@
 What a call costs beside that is its `network_passes`: how many networks it runs on the batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from evodiff.errors import ConfigError
 from evodiff.models.pretrained import Classifier as LogProbability
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import Node
+from evodiff.solvers.fields import check_number
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Classifier:
     scale: float = 2.0
     network_passes: ClassVar[int] = 2  # the denoiser, and the classifier with its gradient
 
+    def __post_init__(self) -> None:
+        check_number(self, "scale", math.isfinite, "a number")
+
     def __call__(self, model: Pretrained, labels: Tensor | None) -> Denoiser:
         if model.classifier is None or labels is None:
             raise ConfigError(
@@ -55,6 +60,9 @@ class ClassifierFree:
 
     scale: float = 7.5
     network_passes: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        check_number(self, "scale", math.isfinite, "a number")
 
     def __call__(self, model: Pretrained, labels: Tensor | None) -> Denoiser:
         if labels is None:

@@ -36,7 +36,7 @@ def make(missing: Missing) -> None:
 def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
     """`model` are the overrides that choose the table's."""
     folder = (run.solver.get("statistics") or {}).get("folder")
-    if folder and not resolve(folder).exists():
+    if folder and not resolve(f"{folder}/l.npz").exists():  # written last: a computation may have been broken off
         what = f"statistics {folder}"
         # the name says how many: NODES-SAMPLES, and the end time where it is not the schedule's
         size = re.search(r"-(\d+)-(\d+)(?:-(1e-\d))?$", folder)

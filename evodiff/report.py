@@ -228,14 +228,15 @@ class Table:
 
     def record_of(self, job: Job, key: str | None = None) -> Record | None:
         """A run's score.json in its folder, or the copy committed with the table; None if neither is there, or if it
-        was scored by another protocol."""
+        was scored by another protocol, or lacks a metric."""
         key = key or job.run.key()
         wanted = job.protocol.hash if job.protocol else None
         run_folder = RESULTS / "runs" / job.run.model["name"] / key
         for path in (run_folder / "score.json", self.folder / "records" / f"{key}.json"):
             if path.exists():
                 record = _read_record(path, path.stat().st_mtime_ns)
-                if record is not None and (record.protocol or {}).get("hash") == wanted:
+                same = record is not None and (record.protocol or {}).get("hash") == wanted
+                if record is not None and same and {*job.metrics} <= {*record.asked}:
                     return record
         return None
 

@@ -73,12 +73,15 @@ class Run:
             ("dtype", DTYPES),
             ("rounding", ROUNDINGS),
             ("precision", PRECISIONS),
-            ("channels_last", (True, False)),
-            ("compile", (True, False)),
-            ("cuda_graphs", (True, False)),
         ):
             if content[key] not in known:
                 raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(map(str, known))}.")
+        for key in ("denoise_final", "channels_last", "compile", "cuda_graphs"):
+            if type(content[key]) is not bool:
+                raise ConfigError(f"{key}={content[key]} is impossible; possible: true, false.")
+        for key in ("t_start", "t_end"):
+            if content[key] is not None and type(content[key]) not in (int, float):
+                raise ConfigError(f"{key}={content[key]} is impossible: expected a number, or null.")
         fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "seeds"}
         return cls(**fields, seeds=(seeds.start, seeds.stop - 1))
 
@@ -116,6 +119,7 @@ class Run:
     def plan(self, model: Pretrained) -> tuple[Solver, TimeGrid]:
         """The solver and the grid of this run on a model. Raises BudgetError if the NFE cannot be spent exactly."""
         threshold_of(self.threshold, latent=model.decode is not None)
+        build(self.guidance)
         solver: Solver = build(self.solver)
         if solver.stochastic and self.noise == "legacy":
             raise ConfigError(
@@ -182,6 +186,11 @@ class Job:
                 f"rounding={run.rounding}. Set rounding={protocol.rounding}, or choose another protocol."
             )
         reference_run = None
+        if not (cfg.reference_run is None or OmegaConf.is_list(cfg.reference_run)):
+            raise ConfigError(
+                f"reference_run={cfg.reference_run} is impossible: expected a list of overrides, or null, like "
+                f"reference_run=['solver=unipc_3','nfe=200']."
+            )
         if cfg.reference_run is not None and not AGAINST_REFERENCE.keys().isdisjoint(metrics):
             solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
             kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
@@ -231,4 +240,5 @@ def device_for(name: str) -> str:
 
 def store_of(job: Job, run: Run | None = None) -> SampleStore:
     run = run or job.run
-    return SampleStore(run.folder, run.identity(), run.seed_range, job.shard)
+    needs = ("x",) if job.keeps_states else ()
+    return SampleStore(run.folder, run.identity(), run.seed_range, job.shard, needs)

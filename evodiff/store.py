@@ -53,13 +53,13 @@ class SampleStore:
     """The images of one run. Only what `manifest.json` lists with its sha256 exists; every other file is ignored.
 
     Any number of processes may write to one store: `claim` hands a range to one of them, and the manifest changes
-    under a lock.
+    under a lock. Shards without the arrays that it `needs` count as missing.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], seeds: range, shard: int = 500):
+    def __init__(self, folder: Path, run: Mapping[str, Any], seeds: range, shard: int = 500, needs: Sequence[str] = ()):
         if shard < 1:
             raise StoreError(f"shard={shard}: a shard holds at least 1 image")
-        self.folder, self.run, self.seeds, self.shard = folder, dict(run), seeds, shard
+        self.folder, self.run, self.seeds, self.shard, self.needs = folder, dict(run), seeds, shard, tuple(needs)
         self.shards  # noqa: B018  a folder of another run is refused before anything is made of it
 
     @property
@@ -85,7 +85,7 @@ class SampleStore:
     def missing(self) -> list[range]:
         """The ranges of seeds still to be sampled, cut as the shards will be. Shards of another size count as well."""
         pieces, at = [], self.seeds.start
-        for shard in [*filter(self._intact, self.shards), None]:
+        for shard in [*filter(self._usable, self.shards), None]:
             gap = range(at, shard.first if shard else self.seeds.stop)
             at = max(at, shard.last + 1) if shard else at
             while gap:
@@ -97,6 +97,10 @@ class SampleStore:
     def damaged(self) -> list[str]:
         """Listed files that are gone or no longer what was written: truncated, replaced, edited."""
         return [shard.file for shard in self.shards if not self._intact(shard)]
+
+    def lacking(self) -> list[str]:
+        """Whole files that were written without an array that is needed now."""
+        return [shard.file for shard in self.shards if self._intact(shard) and not self._usable(shard)]
 
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
@@ -194,6 +198,9 @@ class SampleStore:
                 f"{self.folder} was sampled with other files ({', '.join(changed)}). Remove the folder to sample anew, "
                 f"or restore them."
             )
+
+    def _usable(self, shard: Shard) -> bool:
+        return self._intact(shard) and {*self.needs} <= {*shard.holds}
 
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""

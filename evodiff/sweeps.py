@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from evodiff.config import build, compose, compose_hydra
+from evodiff.config import build, choices, compose, compose_hydra
 from evodiff.errors import EvodiffError
 from evodiff.launchers import Died, Requeued
 from evodiff.run import Job, Run
@@ -65,11 +66,15 @@ def _values(overrides: Sequence[str]) -> list[list[str]]:
     except HydraException:
         return [[text] for text in overrides]  # composing it says what is wrong
     return [
-        [f"{text.partition('=')[0]}={value}" for value in o.sweep_string_iterator()]
-        if o.is_sweep_override()
-        else [text]
+        [f"{text.partition('=')[0]}={value}" for value in _swept(o)] if o.is_sweep_override() else [text]
         for o, text in zip(parsed, overrides, strict=True)
     ]
+
+
+def _swept(override: Override) -> Iterable[str]:
+    if isinstance(pattern := override.value(), Glob):
+        return pattern.filter(choices(override.key_or_group))
+    return override.sweep_string_iterator()
 
 
 def sweep(action: Action, overrides: Sequence[str]) -> int:

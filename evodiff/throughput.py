@@ -13,6 +13,8 @@ from evodiff.run import Run
 
 MEASURED = RESULTS / "bench" / "throughput.json"
 """device -> model -> evaluations per second. `python scripts/bench.py batches` writes it."""
+SHIPPED = ROOT / "results" / "bench" / "throughput.json"
+"""The project's own, which stays where results are written elsewhere."""
 OPERATIONS = ROOT / "results" / "bench" / "operations.json"
 """model -> GFLOP of its network and classifier. `python scripts/count_operations.py` writes it."""
 TRAINING = FOLDER / "training_time.json"
@@ -38,7 +40,7 @@ def known_rates() -> dict[str, dict[str, Rate]]:
         value = PASSES * told["million_images"] * 1e6 / (told["days"] * 86400 * told["gpus"])
         rate = Rate(value, f"by its training time in {told['source']}")
         found.setdefault(f"one {told['gpu']} in {told['precision']}", {}).update(dict.fromkeys(told["models"], rate))
-    for device, values in _read(MEASURED).items():
+    for device, values in (_read(SHIPPED) | _read(MEASURED)).items():
         found.setdefault(device, {}).update({model: Rate(value, "measured") for model, value in values.items()})
     return found
 

@@ -82,6 +82,8 @@ def test_labels_are_drawn_from_the_seeds_or_given():
     assert guided.x[:, 0, 0, 0].tolist() == pytest.approx([0.125, 0.25])
     with pytest.raises(ConfigError, match="2 labels for 3 seeds of a model with 4 classes"):
         evodiff.sample(model, seeds=range(3), labels=[1, 2])
+    with pytest.raises(ConfigError, match=r"labels=\[4, 1\] are impossible: classes are 0 to 3"):
+        evodiff.sample(model, seeds=range(2), labels=[4, 1])
 
 
 def test_torchs_own_random_numbers_are_left_alone():
@@ -98,7 +100,14 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"solver": "evodif"}, "solver=evodif does not exist. Did you mean evodiff?"),
         ({"grid": "loksnr"}, "grid=loksnr does not exist. Did you mean logsnr?"),
         ({"threshold": "clipped"}, "threshold=clipped does not exist; possible: none, clip, dynamic"),
-        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": []}, r"seeds=\[\] is impossible: give at least one number from 0 on"),
+        ({"seeds": 4}, "seeds=4 is impossible"),
+        ({"seeds": "0-3"}, "seeds='0-3' is impossible"),
+        ({"seeds": [-1]}, r"seeds=\[-1\] is impossible"),
+        ({"batch": 0}, "batch=0 must be whole numbers, batch at least 1"),
+        ({"nfe": "5"}, "nfe='5' and batch=250 must be whole numbers"),
+        ({"dtype": "float32"}, "dtype='float32' is impossible: give torch.float64 or torch.float32"),
+        ({"guidance": "clasifier"}, "guidance=clasifier does not exist. Did you mean classifier?"),
         ({"model": nn.Conv2d(1, 1, 1)}, "make a model of it: evodiff.wrap"),
         ({"model": lambda x, node: x}, "Make a model of it: evodiff.wrap"),
         ({"model": Counting(mixture().denoiser(None))}, "give shape="),

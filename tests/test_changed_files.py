@@ -6,10 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
+from evodiff.errors import StoreError
+from evodiff.experiment import sample_run
 from evodiff.metrics import score as scoring
 from evodiff.metrics.reference import Reference
 from evodiff.paths import CHECKPOINTS
+from evodiff.run import Job
 
 RUN = ["run", "seeds=0-5", "shard=2", "device=cpu", "metrics=[contrast]"]
 
@@ -64,6 +70,33 @@ def test_other_statistics_of_the_model_are_noticed(evodiff_command, tmp_path):
         np.savez(tmp_path / "ems" / "l.npz", **{**file, "l": file["l"] * 1.01})
     code, _, err = evodiff_command(*arguments)
     assert code == 1 and "ems/l.npz" in err and "sb.npz" not in err
+
+
+class Network(nn.Conv2d):
+    def __init__(self):
+        super().__init__(1, 1, 1)
+
+    def forward(self, x, t):
+        return super().forward(x)
+
+
+def test_a_network_trained_on_is_not_taken_for_the_one_before(results, tmp_path):
+    weights = tmp_path / "net.safetensors"
+    network = {"_target_": f"{__name__}.Network"}
+    model = {"name": "mine", "_target_": "evodiff.wrap", "model": network, "shape": [1, 8, 8], "predicts": "x0"}
+    model |= {"schedule": {"_target_": "evodiff.schedule.EDM"}, "weights": str(weights), "check": False}
+    job = Job.compose([*RUN[1:], "model=mixture", "protocol=none", "solver=ddim", "nfe=2"])
+    job = dataclasses.replace(job, run=dataclasses.replace(job.run, model=model))
+
+    def trained(seed):
+        torch.manual_seed(seed)
+        save_file(Network().state_dict(), weights)
+        return sample_run(job)
+
+    assert trained(0)
+    with pytest.raises(StoreError, match=r"was sampled with other files \(net.safetensors\)"):
+        trained(1)
+    assert trained(0)
 
 
 def test_another_reference_is_scored_anew(evodiff_command, results, tmp_path):

@@ -83,6 +83,14 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
         assert min(column, key=column.get) != "EVODiff"
 
 
+def test_the_error_of_the_converged_solution():
+    found = rows(ROOT / "results" / "tables" / "mnist_converged" / "table.csv")
+    (finest,) = [
+        float(r["value"]) for r in found if (r["solver"], r["nfe"], r["metric"]) == ("UniPC-3", "200", "rmse@1000")
+    ]
+    assert f"an error of its own ({finest:.1g} on `mnist_tiny`" in " ".join(README.split())
+
+
 def test_the_cost_of_a_table_is_from_throughputs():
     table = Table.from_config(compose("table", ["table=cifar10_edm"]))
     todo = sum(len(job.run.seed_range) * job.run.nfe for job in table.jobs.values())

@@ -143,6 +143,11 @@ def test_combinations_are_hydras():
         [f"a={a}", "b=x", f"c={c}"] for a in (1, 2) for c in (3, 4)
     ]  # fmt: skip
     assert combinations(["nfe=range(5,8)"]) == [["nfe=5"], ["nfe=6"], ["nfe=7"]]
+    assert combinations(["solver=glob(dpmpp_*,exclude=*s)"]) == [
+        ["solver=dpmpp_1"],
+        ["solver=dpmpp_2m"],
+        ["solver=dpmpp_3m"],
+    ]
     assert combinations(["metrics=[fid,is],[kid]"]) == [["metrics=[fid,is]"], ["metrics=[kid]"]]
     assert combinations(["+a=1,2"]) == [["+a=1"], ["+a=2"]]
     assert first_of_each(["a=1,2,3", "b=4,5"]) == [["a=1", "b=4"], ["a=2", "b=5"], ["a=3", "b=5"]]

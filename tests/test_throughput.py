@@ -37,6 +37,13 @@ def test_a_measured_rate_replaces_a_published_one(tmp_path, monkeypatch):
     assert "ffhq64_edm" in rates[V100]
 
 
+def test_the_projects_own_rates_stay_where_results_are_written_elsewhere(tmp_path, monkeypatch):
+    shipped = known_rates()
+    monkeypatch.setattr(throughput, "MEASURED", tmp_path / "throughput.json")
+    assert known_rates() == shipped
+    assert any(rate.how == "measured" for rates in shipped.values() for rate in rates.values())
+
+
 def test_an_unknown_network_is_as_fast_as_the_nearest_operation_for_operation(only):
     only({"small": 10.0, "large": 90.0, "asked": 40.0, "tiny": 0.05})
     rates = {"small": Rate(100.0, ""), "large": Rate(20.0, "")}

@@ -139,7 +139,8 @@ def _tables() -> Iterator[Finding]:
             continue
         lacking = [find(entry) for entry in entries if not find(entry).path.is_file()]
         todo = _todo(lacking, [path for path in made if not path.is_file()])
-        yield Finding("note" if todo else "ok", f"table {name}", todo or f"everything is here: `make table-{name}`")
+        here = f"its files are here: `make table-{name}`; `evodiff status {name}` tells what it computes besides"
+        yield Finding("note" if todo else "ok", f"table {name}", todo or here)
 
 
 def _todo(lacking: list[Entry], unmade: list[Path]) -> str:

@@ -49,7 +49,7 @@ def score_path_main(argv: list[str]) -> int:
         if not paths[0].exists():
             raise ConfigError(f"path={paths[0]} does not exist; give a folder of images, a zip of images or an npz")
         weights = Path(options["weights"]) if "weights" in options else None
-        scorer = Scorer(chosen, options["device"], options["metrics"].split(","), weights)
+        scorer = Scorer(chosen, options["device"], options["metrics"].strip("[]").replace(" ", "").split(","), weights)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
             scorer.add(images)
         if "moments" in options:

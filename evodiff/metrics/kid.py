@@ -18,7 +18,7 @@ def kid(fake: Tensor, real: Tensor, subsets: int = SUBSETS, size: int = SUBSET_S
     if min(len(fake), len(real)) < size:
         raise MetricError(
             f"KID takes subsets of {size}, and there are {len(fake)} generated and {len(real)} real images: "
-            f"score more images or set a smaller subset size"
+            f"score more images, or leave kid out"
         )
     draw = np.random.RandomState(SUBSET_SEED)  # noqa: NPY002  torch-fidelity's subsets
     values = []
