@@ -50,6 +50,17 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
     assert re.fullmatch(r"\S+ hours on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
 
 
+def test_a_cell_that_lacks_a_metric_is_not_done():
+    base = ["model=mixture", "protocol=none", "seeds=0-3"]
+    rows = {"DDIM": {"run": ["solver=ddim"], "nfe": [5]}}
+    fewer, more = table(base=[*base, "metrics=[contrast]"], rows=rows), table(base=base, rows=rows)
+    assert fewer.make() == 0
+    assert next(lines_of(fewer)) == "smoke: 1 cells (1 done), 1 of 1 runs done"
+    assert next(lines_of(more)) == "smoke: 1 cells (1 missing), 0 of 1 runs done"
+    assert more.make() == 0
+    assert next(lines_of(more)) == "smoke: 1 cells (1 done), 1 of 1 runs done"
+
+
 def test_hours_come_from_a_recorded_throughput(measured):
     measured({"a CPU": {"mixture": 1.0}, "a GPU": {"mixture": 2.0}})
     assert list(cost(small(DDIM=["solver=ddim"]))) == [
