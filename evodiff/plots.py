@@ -103,6 +103,9 @@ def save_curves(
         axis.set_xticks([n for n in TICKS if nfes[0] <= n <= nfes[-1]])
     else:
         axis.set_xticks(nfes if len(nfes) <= 12 else nfes[::5])
+    low, high = axis.get_ylim()
+    if positive and high < 10 * low:  # a power of ten or none would be all that is labelled
+        axis.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axis.grid(True, which="both", alpha=0.25)

@@ -12,7 +12,7 @@ from PIL import Image
 from evodiff import published
 from evodiff.chart import chart
 from evodiff.config import compose
-from evodiff.plots import Curve
+from evodiff.plots import Curve, save_curves
 from evodiff.report import Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -122,3 +122,10 @@ def test_data_cannot_end_its_script():
 def test_wide_ranges_of_nfe_start_logarithmic(nfes, wide):
     block = chart({"a": Curve(dict.fromkeys(nfes, 1.0), {}, {})}, {}, "fid", "")
     assert ('name="logx" checked' in block) == wide
+
+
+@pytest.mark.parametrize("values", [(0.0029, 0.0039), (31.0, 36.0), (0.5, 40.0)])
+def test_the_vertical_axis_of_a_figure_has_numbers(values, tmp_path):
+    save_curves([tmp_path / "f.svg"], {"a": Curve(dict(zip((3, 7), values, strict=True)), {}, {})}, "rmse")
+    labels = [float(text) for text in re.findall(r"<!-- ([\d.]+) -->", (tmp_path / "f.svg").read_text())]
+    assert sum(0.7 * values[0] <= label <= 1.4 * values[1] and label not in (3, 7) for label in labels) >= 2
