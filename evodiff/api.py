@@ -59,8 +59,8 @@ def sample(
     `model`: what `evodiff.wrap` returns, the name of a file of configs/model, or a denoiser D(x, node) of your own with
     a `schedule`; that one needs the `shape` [C, H, W] of a sample. `device`: of a named model or a denoiser, by default
     the CPU. `solver`, `grid` and `guidance`: the name of a file of configs/, or an object, like EVODiff(final="euler").
-    `labels`: the class of each seed; by default it is drawn from the seed. The other
-    arguments are keys of configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
+    `labels`: the class of each seed; by default it is drawn from the seed. The other arguments are keys of
+    configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
     Networks compute as with precision=fp32, unless the model is one that `evodiff.precision.prepared` has returned.
 
     Raises ConfigError for what does not exist, like float64 on MPS, BudgetError for an `nfe` that the solver cannot

@@ -50,7 +50,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     use_threads(job.threads)
     store = store_of(job, run)
     read = files_read(run)
-    store.check_files(store.weights | read)
+    store.check_files(store.weights | read, unnoted=read)
     for name in store.damaged():
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
     for name in store.lacking():
@@ -63,7 +63,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     model = prepared(build(run.model, device=job.device), *run.computing)
     solver, grid = run.plan(model)
     files = {**model.files, **read}
-    store.check_files(files)
+    store.check_files(files, unnoted=read)
     write_yaml(run.folder / "run.yaml", run.as_dict())
     if job.batch == "auto":
         job = replace(job, batch=batch_for(job, run, model, grid))

@@ -192,7 +192,7 @@ class Table:
 
     def make_inputs(self, failures: Failures) -> None:
         """Compute them. Of processes that share the table one does it, and the others wait for its lock."""
-        if self.limit is not None:
+        if not self.computable:
             return
         model = next(iter(self.jobs.values())).run.model["name"]
         with locked(RESULTS / "runs" / model, "inputs.lock"):

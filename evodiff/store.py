@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -129,7 +129,7 @@ class SampleStore:
         entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
         with locked(self.folder, "manifest.lock"):
             content = self._read()
-            self._check_files(content, weights)
+            self._check_files(content, weights, unnoted=weights)
             # a process that cuts the seeds in other places may have written some of them in the meantime
             others = [s for s in content.get("shards", []) if s["last"] < entry.first or s["first"] > entry.last]
             content = {"run": self.run, "weights": dict(weights), "shards": [*others, asdict(entry)]}
@@ -187,12 +187,15 @@ class SampleStore:
                 break
         return found
 
-    def check_files(self, files: Mapping[str, str]) -> None:
-        """Raise StoreError if the images here were made of other files than these, name -> sha256."""
-        self._check_files(self._read(), files)
+    def check_files(self, files: Mapping[str, str], unnoted: Collection[str] = ()) -> None:
+        """Raise StoreError if the images here were made of other files than these, name -> sha256. The manifest may not
+        know those `unnoted`: it is from before they were written there."""
+        self._check_files(self._read(), files, unnoted)
 
-    def _check_files(self, content: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        changed = sorted(name for name, digest in content.get("weights", {}).items() if files.get(name) != digest)
+    def _check_files(self, content: Mapping[str, Any], files: Mapping[str, str], unnoted: Collection[str]) -> None:
+        known = content.get("weights", {})
+        names = known.keys() | (files.keys() - {*unnoted})
+        changed = sorted(name for name in names if known.get(name) != files.get(name))
         if content.get("shards") and changed:
             raise StoreError(
                 f"{self.folder} was sampled with other files ({', '.join(changed)}). Remove the folder to sample anew, "

@@ -135,6 +135,16 @@ def test_other_weights_are_refused(tmp_path):
     assert store.missing() == [range(4, 8), range(8, 10)]
 
 
+def test_a_file_more_is_refused_too(tmp_path):
+    store = store_at(tmp_path)
+    write(store, range(0, 4), weights={"a": "1"})
+    store.check_files({"a": "1"})
+    store.check_files({"a": "1", "times.json": "2"}, unnoted=["times.json"])
+    for files in ({"a": "1", "b": "2"}, {}):
+        with pytest.raises(StoreError, match="sampled with other files"):
+            store.check_files(files, unnoted=["times.json"])
+
+
 def test_a_full_disk_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     store = store_at(tmp_path)
     write(store, range(0, 4))
