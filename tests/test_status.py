@@ -91,6 +91,15 @@ def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
     assert "model cifar10_edm_uncond_vp" not in "\n".join(missing_files(table("cifar10_edm")))
 
 
+def test_statistics_whose_computation_was_broken_off_are_needed_still(tmp_path):
+    rows = {"v3": {"run": ["solver=dpm_v3", f"solver.statistics={{_target_: evodiff.ems.load, folder: {tmp_path}}}"], "nfe": [5]}}
+    t = table(base=["model=mixture", "protocol=none", "seeds=0-3"], rows=rows)
+    (tmp_path / "partial.npz").touch()
+    assert f"statistics {tmp_path}" in "\n".join(missing_files(t))
+    (tmp_path / "l.npz").touch()
+    assert list(missing_files(t)) == []
+
+
 def test_other_networks_of_a_row_are_needed_too():
     needed = "\n".join(missing_files(table("cifar10_edm_nvlabs")))
     assert "cifar10_edm_uncond_ve" in needed and "cifar10_edm_cond_vp" in needed

@@ -222,6 +222,13 @@ def test_killed_while_writing_nothing_is_listed(tmp_path, step):
     assert images[:, 0, 0, 0].tolist() == list(range(10))
 
 
+@pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, True), (errno.EACCES, False)])
+def test_only_a_full_disk_is_to_be_cleared(tmp_path, number, advice):
+    with pytest.raises(StoreError) as refused, whole_file(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    assert ("make room" in str(refused.value)) == advice
+
+
 def test_two_writers_of_one_file_do_not_meet_on_the_way(tmp_path):
     """Also where both have one process number, on two machines."""
     path = tmp_path / "run.yaml"
