@@ -92,7 +92,8 @@ def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
 
 
 def test_statistics_whose_computation_was_broken_off_are_needed_still(tmp_path):
-    rows = {"v3": {"run": ["solver=dpm_v3", f"solver.statistics={{_target_: evodiff.ems.load, folder: {tmp_path}}}"], "nfe": [5]}}
+    statistics = f"solver.statistics={{_target_: evodiff.ems.load, folder: {tmp_path}}}"
+    rows = {"v3": {"run": ["solver=dpm_v3", statistics], "nfe": [5]}}
     t = table(base=["model=mixture", "protocol=none", "seeds=0-3"], rows=rows)
     (tmp_path / "partial.npz").touch()
     assert f"statistics {tmp_path}" in "\n".join(missing_files(t))
