@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def sample(
     model: Pretrained | Denoiser | str,
     solver: Solver | str = "evodiff",
     nfe: int | None = 10,
-    seeds: Sequence[int] = range(16),
+    seeds: Sequence[int] | np.ndarray | Tensor = range(16),
     *,
     grid: Spacing | str = "logsnr",
     guidance: Guidance | str = UNGUIDED,
@@ -71,6 +72,8 @@ def sample(
     spacing: Spacing = named_grid(grid) if isinstance(grid, str) else grid
     guided: Guidance = build(_config("guidance", guidance)) if isinstance(guidance, str) else guidance
     thresholded = threshold_of(threshold, latent=model.decode is not None)
+    if isinstance(seeds, np.ndarray | Tensor):
+        seeds = seeds.tolist()
     if not isinstance(seeds, Sequence) or not seeds or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
         raise ConfigError(f"seeds={seeds!r} is impossible: give at least one number from 0 on, like seeds=range(16).")
     if not (nfe is None or type(nfe) is int) or type(batch) is not int or batch < 1:

@@ -64,6 +64,8 @@ def score(job: Job) -> str:
     if job.reference_run:
         finish(job, job.reference_run)
     record = score_run(job)
+    if job.protocol is None and job.scored:
+        print(f"protocol=none: no {', '.join(job.scored)}, for there are no images to compare with", file=sys.stderr)
     job.tracker.publish(record.key, [record])
     return line(record)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from evodiff.errors import BudgetError, ConfigError
 from evodiff.paths import resolve
-from evodiff.schedule import Node, NoiseSchedule
+from evodiff.schedule import Node, NoiseSchedule, VariancePreserving
 
 if TYPE_CHECKING:
     from evodiff.solvers.base import Solver
@@ -215,6 +215,20 @@ class FromFile:
         return [float(t) for t in times]
 
 
+def ends(schedule: NoiseSchedule, t_start: float | None, t_end: float | None) -> tuple[float, float]:
+    """The times between which to integrate: the schedule's own unless given. Raises ConfigError for impossible ones."""
+    t_start = schedule.t_start if t_start is None else t_start
+    t_end = schedule.t_end if t_end is None else t_end
+    if not t_start > t_end > 0:
+        raise ConfigError(
+            f"t_start={t_start} must be above t_end={t_end}, and t_end above 0; for a last step to 0 set "
+            f"denoise_final=true"
+        )
+    if isinstance(schedule, VariancePreserving) and t_start > 1:
+        raise ConfigError(f"t_start={t_start} is above 1, the last time of a {type(schedule).__name__} schedule")
+    return t_start, t_end
+
+
 def grid_for(
     nfe: int | None,
     solver: "Solver",
@@ -230,13 +244,7 @@ def grid_for(
     An adaptive solver takes nfe=None and gets one step. Raises BudgetError, naming the nearest possible NFE, if no
     number of steps costs exactly `nfe`.
     """
-    t_start = schedule.t_start if t_start is None else t_start
-    t_end = schedule.t_end if t_end is None else t_end
-    if not t_start > t_end > 0:
-        raise ConfigError(
-            f"t_start={t_start} must be above t_end={t_end}, and t_end above 0; for a last step to 0 set "
-            f"denoise_final=true"
-        )
+    t_start, t_end = ends(schedule, t_start, t_end)
     steps = steps_for(nfe, solver, denoise_final)
     return TimeGrid.at(solver.times(spacing, steps, schedule, t_start, t_end), schedule)
 

@@ -8,6 +8,7 @@ import torch
 
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
+from evodiff.grid import ends
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import prepared
 from evodiff.run import Run, device_for
@@ -63,8 +64,4 @@ def model_of(
     built: Pretrained = build(cfg.model, device=device)
     precision, channels_last, *_ = Run.from_config(cfg).computing
     model = prepared(built, precision, channels_last)
-    schedule = model.denoiser(None).schedule
-    t_start, t_end = cfg.t_start or schedule.t_start, cfg.t_end or schedule.t_end
-    if not t_start > t_end > 0:
-        raise ConfigError(f"t_start={t_start} must be above t_end={t_end}, and t_end above 0")
-    return cfg, model, (t_start, t_end)
+    return cfg, model, ends(model.denoiser(None).schedule, cfg.t_start, cfg.t_end)

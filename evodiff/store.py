@@ -1,28 +1,20 @@
 """Samples on disk: shards of consecutive seeds, written whole, found by manifest."""
 
-import errno
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from evodiff.background import one_ahead
 from evodiff.errors import StoreError
 from evodiff.files import sha256, whole_file
-
-NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What a file system without locks answers."""
-NO_MARKERS: dict[str, Any] = {"fallback_to_soft": False} if "fallback_to_soft" in signature(FileLock).parameters else {}
-"""No files in the place of locks: the one of a process that died on another machine would stay for ever. Old versions
-of filelock do not know this setting."""
+from evodiff.locks import locked
 
 
 @dataclass(frozen=True)
@@ -230,39 +222,6 @@ class SampleStore:
                 f"Move the folder away or choose another results folder."
             )
         return content
-
-
-@contextmanager
-def locked(folder: Path, name: str, timeout: float = -1) -> Iterator[bool]:
-    """Hold one lock of a folder, which ends with its process; yields False if another process has it, still after
-    `timeout` seconds (-1: wait).
-
-    Raises StoreError for a folder that cannot be written, or whose file system has no locks.
-    """
-    try:
-        (folder / ".locks").mkdir(parents=True, exist_ok=True)
-        # thread_local=False: the thread that writes a shard lets go of its seeds
-        lock = FileLock(folder / ".locks" / name, thread_local=False, **NO_MARKERS)
-        lock.acquire(timeout=timeout)
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as e:  # the latter is what old versions of filelock make of ENOSYS
-        why = getattr(e, "strerror", None) or e
-        if getattr(e, "errno", errno.ENOSYS) in NO_FLOCK:
-            raise StoreError(
-                f"{folder} is on a file system without locks (flock: {why}), and processes cannot share work without "
-                f"them. Mount it with the option that gives them (Lustre: -o flock), or set EVODIFF_RESULTS to a "
-                f"folder elsewhere; then run the same command again."
-            ) from e
-        raise StoreError(
-            f"cannot write to {folder}: {why}. Make room, or choose another results folder; then run the same command "
-            f"again."
-        ) from e
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 @lru_cache(maxsize=100_000)

@@ -4,6 +4,7 @@ import doctest
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,6 +71,13 @@ class Labelled(nn.Module):
 
     def forward(self, x, t, y=None):
         return torch.zeros_like(x) if y is None else (y.view(-1, 1, 1, 1) / 4).expand_as(x)
+
+
+@pytest.mark.parametrize("array", [np.asarray, torch.tensor])
+def test_seeds_may_be_an_array(array):
+    told = evodiff.sample("mixture", nfe=5, seeds=array([4, 7]))
+    assert told.seeds == (4, 7)
+    assert torch.equal(told.x, evodiff.sample("mixture", nfe=5, seeds=[4, 7]).x)
 
 
 def test_labels_are_drawn_from_the_seeds_or_given():

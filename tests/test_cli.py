@@ -75,9 +75,10 @@ def test_an_unknown_command_names_the_nearest(evodiff_command):
 
 
 def test_a_run_is_sampled_scored_and_then_left_alone(evodiff_command, results):
-    code, out, _ = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
+    code, out, err = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
     assert code == 0
     assert "nfe 5" in out
+    assert "protocol=none: no fid" in err
     folder = next((results / "runs" / "mixture").iterdir())
     assert {"run.yaml", "manifest.json", "score.json", "grid.png"} <= set(files(folder))
     before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}

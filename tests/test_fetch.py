@@ -1,5 +1,7 @@
 """Fetching from a server on this machine: broken connections, wrong files, dead mirrors, several processes."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -54,7 +56,7 @@ def entry(tmp_path, monkeypatch, server):
 
 def left(path):
     """What a fetch left beside the file it is for, besides its lock and its record."""
-    return sorted(p.name for p in path.parent.iterdir() if p.suffix != ".lock" and p.name != "weights.bin.fetched.json")
+    return sorted(p.name for p in path.parent.iterdir() if p.name not in (".locks", "weights.bin.fetched.json"))
 
 
 def test_a_file_is_fetched_whole_and_only_once(entry, server):
@@ -107,6 +109,17 @@ def test_a_truncated_file_is_never_placed_but_kept_to_go_on(entry, server, capsy
     server.replies["/a"] = [{"etag": '"1"'}]
     assert main(["fetch", "thing"]) == 0
     assert path.read_bytes() == CONTENT and server.ranges()[-1] == "bytes=1000-" and left(path) == ["weights.bin"]
+
+
+def test_a_file_system_without_locks_is_told(entry, server, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    entry("/a")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StoreError, match="without locks .*EVODIFF_CACHE for weights"):
+        fetch("thing")
+    assert not server.seen
 
 
 def test_a_file_that_changed_on_the_server_is_fetched_anew(entry, server):

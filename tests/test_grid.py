@@ -7,7 +7,7 @@ import pytest
 
 from evodiff.errors import BudgetError, ConfigError
 from evodiff.grid import FromFile, Karras, LogSNR, TimeGrid, TimeUniform, grid_for
-from evodiff.schedule import EDM, LinearVP
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.heun import Heun
 
@@ -66,6 +66,13 @@ def test_an_impossible_budget_names_the_nearest(nfe, denoise_final, near):
 def test_no_budget_is_for_adaptive_solvers():
     with pytest.raises(BudgetError, match="needs a budget"):
         grid_for(None, DDIM(), LogSNR(), EDM())
+
+
+def test_a_variance_preserving_schedule_ends_at_1_and_noise_levels_have_no_last():
+    for schedule in (LinearVP(), CosineVP(), DiscreteVP.linear()):
+        with pytest.raises(ConfigError, match=rf"t_start=1.2 is above 1, the last time of a {type(schedule).__name__}"):
+            grid_for(5, DDIM(), LogSNR(), schedule, t_start=1.2)
+    assert grid_for(5, DDIM(), LogSNR(), EDM(), t_start=160.0).nodes[0].sigma == 160
 
 
 @pytest.mark.parametrize(("t_start", "t_end"), [(1.0, 1.0), (0.1, 1.0), (1.0, 0.0), (1.0, -1.0)])

@@ -181,8 +181,15 @@ def test_networks_that_cannot_be_right_are_refused_before_sampling(network, mess
     ("change", "message"),
     [
         ({"predicts": "noise"}, "predicts=noise does not exist; possible: eps, x0, v, score"),
-        ({"shape": (8, 8)}, "must be channels, height, width"),
-        ({"data_range": (1, 0)}, "two rising numbers"),
+        *(
+            ({"shape": shape}, "must be channels, height, width")
+            for shape in ((8, 8), 32, None, ("1", 8, 8), (0, 8, 8))
+        ),
+        *(({"data_range": ends}, "two rising numbers") for ends in ((1, 0), 1, ("a", "b"))),
+        *(({"schedule": wrong}, "must be an object of evodiff.schedule") for wrong in ("linear", None, LinearVP)),
+        ({"label": 999}, "label=999 must be a function of a node"),
+        ({"label": lambda node: "late"}, "label gives 'late' for the first time"),
+        *(({"num_classes": wrong}, "must be a whole number") for wrong in (-1, "10", None)),
         ({"sample_on": "vp"}, "schedule=vp does not exist"),
         ({"weights": "absent.safetensors"}, "absent.safetensors cannot be loaded"),
     ],

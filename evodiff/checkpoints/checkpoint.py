@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from evodiff.checkpoints.layouts import read_weights
 from evodiff.checkpoints.registry import cache_folder, find, registry, require
 from evodiff.errors import CheckpointError, ConfigError, StoreError
 from evodiff.files import sha256, whole_file
+from evodiff.locks import locked
 
 FORMAT = "evodiff-checkpoint-1"
 
@@ -105,8 +105,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _converted(source: Path, description: Description, ema: bool) -> Path:
     path = _cached(source, description, ema)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path.parent, f"{path.name}.lock"):
             if not path.exists():
                 print(f"converting {source} (once; nothing in it is executed)", file=sys.stderr, flush=True)
                 convert(source, path, description, ema=ema)

@@ -8,14 +8,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from evodiff.checkpoints.integrity import check, read_json, remember
 from evodiff.checkpoints.registry import Entry, find, offline
 from evodiff.errors import CheckpointError, ConfigError, StoreError
 from evodiff.files import whole_file
+from evodiff.locks import locked
 
 CHUNK = 1 << 20
 ATTEMPTS = 3
@@ -45,29 +45,25 @@ def fetch(name: str, source: Path | None = None, advance: Advance | None = None)
     """
     entry = find(name)
     target = entry.path
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target, name):
-            if source is not None:
-                _copy(entry, source, target)
-            elif not target.exists():
-                _download(entry, target, advance or (lambda done, total: None))
+    with _writing(target), _alone(target, name):
+        if source is not None:
+            _copy(entry, source, target)
+        elif not target.exists():
+            _download(entry, target, advance or (lambda done, total: None))
     return target
 
 
 @contextmanager
 def _alone(target: Path, name: str) -> Iterator[None]:
     """Hold the lock of a file; the system frees it when the process ends, however it ends."""
-    lock = FileLock(target.with_name(f"{target.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{name}: another process is fetching it; waiting for it to finish", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
+    lock = partial(locked, target.parent, f"{target.name}.lock")
+    with lock(timeout=0) as held:
+        if held:
+            yield
+            return
+    print(f"{name}: another process is fetching it; waiting for it to finish", file=sys.stderr, flush=True)
+    with lock():
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager

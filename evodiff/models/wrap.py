@@ -16,8 +16,10 @@ line, a file configs/model/mine.yaml and `evodiff run model=mine`:
     data_range: [-1, 1]                     # the network's black and white; [0, 1] for many
 """
 
+import operator
 import pickle
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +63,26 @@ def wrap(
     With `check`, the network is called at three noise levels. Raises ConfigError if that fails, or if the output has
     another shape, is not finite, or makes data predictions far outside the range of images.
     """
-    if len(shape) != 3:
-        raise ConfigError(f"wrap: shape={list(shape)} must be channels, height, width")
-    if len(data_range) != 2 or not data_range[0] < data_range[1]:
-        raise ConfigError(f"wrap: data_range={list(data_range)} must be two rising numbers, black and white")
+    channels, height, width = _sizes(shape)
+    black, white = _ends(data_range)
+    missing = [name for name in ("node", "t_at", "t_start", "t_end") if not hasattr(schedule, name)]
+    if missing or isinstance(schedule, type):
+        raise ConfigError(f"wrap: schedule={schedule!r} must be an object of evodiff.schedule, like LinearVP()")
+    if label is not None and not callable(label):
+        raise ConfigError(f"wrap: label={label!r} must be a function of a node, like ContinuousTime(999), or None")
+    if type(num_classes) is not int or num_classes < 0:
+        raise ConfigError(f"wrap: num_classes={num_classes!r} must be a whole number, 0 for a network without classes")
     files = {}
     if weights is not None:
         _load(model, Path(weights))
         files[Path(weights).name] = sha256(Path(weights))
     if isinstance(model, nn.Module):
         model = model.eval().requires_grad_(False).to(device)
-    black, white = map(float, data_range)
     seen = process(schedule, label or _label_of(schedule), sample_on, (black, white))
 
     def denoiser(y: Tensor | None) -> Denoiser:
         return NetworkDenoiser((lambda x, t: model(x, t, y)) if num_classes else model, predicts, seen)
 
-    channels, height, width = shape
     wrapped = Pretrained(
         denoiser,
         (channels, height, width),
@@ -89,6 +94,26 @@ def wrap(
     if check:
         _check(wrapped, predicts)
     return wrapped
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        channels, height, width = map(operator.index, shape)
+    except (TypeError, ValueError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise ConfigError(f"wrap: shape={shape!r} must be channels, height, width: three whole numbers above 0")
+    return channels, height, width
+
+
+def _ends(data_range: Sequence[float]) -> tuple[float, float]:
+    try:
+        black, white = map(float, data_range)
+    except (TypeError, ValueError):
+        black = white = 0.0
+    if not black < white:
+        raise ConfigError(f"wrap: data_range={data_range!r} must be two rising numbers, black and white")
+    return black, white
 
 
 def _label_of(schedule: NoiseSchedule) -> Callable[[Node], float]:
@@ -136,6 +161,9 @@ def _check(wrapped: Pretrained, predicts: str) -> None:
     denoise.network = watched
     first, last = schedule.node(schedule.t_start), schedule.node(schedule.t_end)
     middle = schedule.node(schedule.t_at(min(max(0.0, first.lam), last.lam)))
+    told = denoise.process.label(denoise.process.native.node(denoise.process.native.t_start))
+    if not isinstance(told, Real):
+        raise ConfigError(f"wrap: label gives {told!r} for the first time; expected a number")
     for node in (first, middle, last):
         D = denoise(node.alpha * clean + node.sigma * noise, node)
         size = D.square().mean().sqrt().item()
