@@ -4,9 +4,10 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -311,7 +312,8 @@ class Table:
         return {row: curve for row, curve in curves.items() if curve.values or curve.papers}
 
     def levels(self, metric: str) -> dict[str, float]:
-        """What else a metric has: the noise floor (real against real), and the value of the converged sampler."""
+        """What else a metric has: the noise floor (real against real), and the value of the converged sampler, the mean
+        over the ranges of seeds."""
         job = next(iter(self.jobs.values()))
         found = {}
         if job.protocol is not None and metric.split("@")[0] == job.protocol.metric and self.records:
@@ -321,11 +323,11 @@ class Table:
                 floor = None
             if floor is not None:
                 found["noise floor"] = floor["distance"]
-        if len(self.references) == 1:
-            ((key, _),) = self.references.items()
-            record = self.record_of(job, key)
-            if record is not None and metric in record.metrics:
-                found[f"{record.run['solver']['name']} at NFE {record.nfe}"] = record.metrics[metric]
+        runs = [run for _, run in self.references.values()]
+        if all(replace(run, seeds=runs[0].seeds) == runs[0] for run in runs):
+            records = [record for key in self.references if (record := self.record_of(job, key)) is not None]
+            if values := [record.metrics[metric] for record in records if metric in record.metrics]:
+                found[f"{records[0].run['solver']['name']} at NFE {records[0].nfe}"] = fmean(values)
         return found
 
     def stem(self, metric: str) -> str:

@@ -79,6 +79,14 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     assert table.records["DDIM", 5, 0].metrics["rmse@16"] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
 
 
+def test_the_converged_level_is_the_mean_over_the_ranges_of_seeds(small):
+    of_two = small(base=["model=mixture", "protocol=none", "shard=8"], seeds=["0-7", "8-15"], nfe=[5])
+    of_two.make()
+    ends = [of_two.record_of(job, key).metrics["contrast@8"] for key, (job, _) in of_two.references.items()]
+    assert len(set(ends)) == 2
+    assert of_two.levels("contrast@8") == {"heun at NFE 79": pytest.approx(sum(ends) / 2)}
+
+
 def test_a_record_with_more_serves_a_table_that_asks_for_less(small, results):
     small().make()
     scores = bytes_of(results / "runs", "score.json")

@@ -53,9 +53,10 @@ def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
 
 
 def test_no_run_is_in_two_cells(tables):
-    """But for EVODiff as released in the tables of its parts, and the first seeds of the tables of seeds."""
+    """But for EVODiff as released in the tables of its parts, the first seeds of the tables of seeds, and the main
+    solvers in the table of all."""
     places = {}
-    again = ("mnist_parts", "mnist_oracle_parts", "mnist_seeds", "mnist_oracle_seeds")
+    again = ("mnist_solvers", "mnist_parts", "mnist_oracle_parts", "mnist_seeds", "mnist_oracle_seeds")
     for table in (table for name, table in tables.items() if name not in again):
         for (row, nfe, k), job in table.jobs.items():
             key = f"{job.run.model['name']}/{job.run.key()}"
