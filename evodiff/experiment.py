@@ -17,6 +17,7 @@ from torch import Tensor
 from evodiff.background import OneBehind, one_ahead
 from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build
+from evodiff.cpu import use_cpu
 from evodiff.denoiser import Denoiser, threshold_of
 from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256, whole_file
@@ -28,7 +29,7 @@ from evodiff.models.pretrained import Pretrained
 from evodiff.noise import Noise
 from evodiff.paths import resolve
 from evodiff.pictures import save_grid, save_pngs
-from evodiff.precision import prepared, products, use_threads
+from evodiff.precision import prepared, products
 from evodiff.progress import progress
 from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
 from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
@@ -47,7 +48,7 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     A run that is complete costs nothing: the model is not even loaded.
     """
     run = run or job.run
-    use_threads(job.threads)
+    use_cpu(job.threads)
     store = store_of(job, run)
     read = files_read(run)
     store.check_files(store.weights | read, unnoted=read)
@@ -231,7 +232,7 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         return record
     reference = job.reference_run if run is None else None
     run = run or job.run
-    use_threads(job.threads)
+    use_cpu(job.threads)
     store = store_of(job, run)
     n = len(run.seed_range)
     metrics: dict[str, float] = {}

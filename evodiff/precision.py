@@ -19,12 +19,6 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16":
 """Number formats, and what convolutions and matrix products are cast to; norms and sums stay in float32."""
 
 
-def use_threads(n: int | None) -> None:
-    """Compute with n threads of the CPU; None leaves it at torch's choice, one per core that it sees."""
-    if n is not None:
-        torch.set_num_threads(n)
-
-
 @contextmanager
 def computing(precision: str, device: torch.device) -> Iterator[None]:
     """Networks called inside compute in `precision`; with fp32, on CUDA too, in float32 and not in TF32."""

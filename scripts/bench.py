@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_models import adm256, edm_cifar10, tiny
-from bench_network import NFE, batches, formats, threads, throughput
+from bench_network import NFE, batches, formats, memory_kept, threads, throughput
 from torch import Tensor
 
 import evodiff.run
@@ -262,6 +262,7 @@ PARTS: dict[str, Callable[[str, Path | None], dict[str, Any]]] = {
     "batches": batches,
     "overlap": overlap,
     "threads": threads,
+    "memory": memory_kept,
     "start": start,
     "large": large,
 }

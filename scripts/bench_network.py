@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.benchmark import finished, seconds, spread
+from evodiff.cpu import SETTINGS, keep_freed_memory
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
@@ -84,6 +87,32 @@ def batches(device: str, _: Any) -> dict[str, Any]:
         found[name] = {str(n): n / min([seconds(device, call, n) for _ in range(6)][1:]) for n in sizes}
         found[name]["auto"] = automatic(call, most, device, synchronised_clock(device))
     return found
+
+
+def memory_kept(_: str, __: Any) -> dict[str, Any]:
+    """Network evaluations per second on the CPU with glibc's own handling of freed memory, and with the memory kept as
+    runs do (evodiff/cpu.py), in turns, each in a process of its own."""
+    found = {}
+    for name, batch in (("mnist_tiny", 250), ("EDM CIFAR-10 size", 4)):
+        rates: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(5):
+            for keep, values in rates.items():
+                with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                    values.append(process.submit(rate, name, batch, keep).result())
+        own, ours = spread(rates[False]), spread(rates[True])
+        found[name] = {"batch": batch, "given back": own, "kept": ours | {"times": ours["median"] / own["median"]}}
+    return found
+
+
+def rate(name: str, batch: int, keep: bool) -> float:
+    """Evaluations per second of this process."""
+    if keep and not keep_freed_memory():
+        raise SystemExit(
+            f"this C library is not glibc, or the environment says what to do: unset {', '.join(SETTINGS)}"
+        )
+    model = prepared((tiny if name == "mnist_tiny" else edm_cifar10)())
+    evaluate(model, "cpu", batch)
+    return batch / min(seconds("cpu", evaluate, model, "cpu", batch) for _ in range(10))
 
 
 def throughput(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
