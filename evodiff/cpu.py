@@ -11,6 +11,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 LARGEST = 32 << 20
 """Bytes of a buffer; glibc takes no larger threshold."""
 KEPT = 1 << 30
+"""Bytes in all."""
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 """Of the environment, by which glibc is told the same."""
 

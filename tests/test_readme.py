@@ -67,6 +67,11 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
         plain, gained = (float(matched[solver, "10"][key]) for key in ("plain", "matched"))
         assert f"from {plain:.1f} to {gained:.1f}" in told
     assert f"beside {float(matched['EVODiff', '10']['matched']):.1f} for EVODiff" in told
+    of_all = [r for r in rows(tables / "mnist_solvers" / "matched.csv") if r["nfe"] == "10"]
+    plain, gained = ([r["solver"] for r in sorted(of_all, key=lambda r: float(r[by]))] for by in ("plain", "matched"))
+    assert (plain[0], gained[0], gained[2]) == ("evodiff", "dpm_v3", "evodiff")
+    least = min(float(r["matched"]) for r in of_all)
+    assert f"all {len(of_all)} solvers" in told and f"behind DPM-Solver-v3 at {least:.1f}." in told
     euler, released = (parts[row, "10", "fd_mnist@10000"] for row in ("plain Euler at the end", "as released"))
     assert f"scores {euler:.1f} in place of {released:.1f}," in told
     jump = (cells["EVODiff", nfe, "fd_mnist@10000"] for nfe in ("15", "16"))
