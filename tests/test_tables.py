@@ -44,9 +44,14 @@ def unloaded(run):
     return Pretrained(lambda labels: SimpleNamespace(schedule=schedule), shape=shape)
 
 
-@pytest.mark.parametrize("name", [name for name in choices("table") if name != "mnist_oracle_seeds"])
+ALIKE = ("mnist_solvers", "mnist_solvers_1k", "mnist_oracle_seeds")
+"""Tables with the solvers and budgets of mnist_oracle, on another model or with more seeds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in choices("table")]
+)
 def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
-    """The table left out has the cells of mnist_oracle with more seeds."""
     for cell in tables[name].cells.values():
         run = without_files(cell.jobs[0].run)
         solver, grid = run.plan(unloaded(run))
