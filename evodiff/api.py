@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evodiff.config import build, choices, nearest
 from evodiff.denoiser import Denoiser, threshold_of
+from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.grid import Spacing, grid_for
 from evodiff.guidance import Unguided
@@ -155,7 +156,7 @@ def _pretrained(
     model: Pretrained | Denoiser | str, shape: Sequence[int] | None, device: torch.device | str | None
 ) -> Pretrained:
     if isinstance(model, str):
-        return build(_config("model", model), device=str(device or "cpu"))
+        return build(_config("model", model), device=device_for(device or "cpu"))
     if isinstance(model, Pretrained):
         return model
     if isinstance(model, nn.Module) or not hasattr(model, "schedule"):
@@ -166,4 +167,4 @@ def _pretrained(
     if shape is None or len(shape) != 3:
         raise ConfigError("a denoiser does not tell the size of its samples: give shape=(channels, height, width).")
     channels, height, width = shape
-    return Pretrained(lambda labels: model, (channels, height, width), device=torch.device(device or "cpu"))
+    return Pretrained(lambda labels: model, (channels, height, width), device=torch.device(device_for(device or "cpu")))

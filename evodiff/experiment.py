@@ -19,6 +19,7 @@ from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build
 from evodiff.cpu import use_cpu
 from evodiff.denoiser import Denoiser, threshold_of
+from evodiff.device import device_name
 from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
@@ -31,7 +32,7 @@ from evodiff.paths import resolve
 from evodiff.pictures import save_grid, save_pngs
 from evodiff.precision import prepared, products
 from evodiff.progress import progress
-from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, device_name, versions
+from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, versions
 from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver

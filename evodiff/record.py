@@ -98,11 +98,5 @@ def recut(parts: Iterator[tuple[np.ndarray, ...]], size: int = 500) -> Iterator[
         yield held
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("evodiff", "torch", "numpy")}

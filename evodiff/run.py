@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evodiff.config import build, compose, essential, nearest, parse_range
 from evodiff.denoiser import THRESHOLDS, threshold_of
+from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.grid import TimeGrid, grid_for
 from evodiff.metrics.protocol import Protocol, from_dict
@@ -222,20 +223,6 @@ def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
             f"Set metrics=[{rest}], or save=shards."
         )
     return metrics
-
-
-def device_for(name: str) -> str:
-    """`auto` is the first CUDA device, or the CPU: MPS has no float64, the default of the state.
-
-    Raises ConfigError for a device this machine lacks.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ConfigError(f"device={name} is not available here ({str(e).splitlines()[0]}). Use device=auto.") from e
-    return name
 
 
 def store_of(job: Job, run: Run | None = None) -> SampleStore:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from evodiff.config import build, compose
+from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.grid import ends
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import prepared
-from evodiff.run import Run, device_for
+from evodiff.run import Run
 
 
 def parse(

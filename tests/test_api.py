@@ -117,6 +117,8 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"dtype": "float32"}, "dtype='float32' is impossible: give torch.float64 or torch.float32"),
         ({"guidance": "clasifier"}, "guidance=clasifier does not exist. Did you mean classifier?"),
         ({"model": nn.Conv2d(1, 1, 1)}, "make a model of it: evodiff.wrap"),
+        ({"device": "gpu"}, "device=gpu is not available here"),
+        ({"model": mixture().denoiser(None), "shape": (3, 8, 8), "device": "gpu"}, "device=gpu is not available here"),
         ({"model": lambda x, node: x}, "Make a model of it: evodiff.wrap"),
         ({"model": Counting(mixture().denoiser(None))}, "give shape="),
         ({"labels": [1] * 16}, "16 labels for 16 seeds of a model with 0 classes"),

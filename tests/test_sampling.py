@@ -7,11 +7,11 @@ import torch
 
 from evodiff import settings
 from evodiff.denoiser import Clipped, Counting, DynamicThreshold
+from evodiff.device import device_for
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.models.analytic import mixture
 from evodiff.noise import SeededNoise
-from evodiff.run import device_for
 from evodiff.sampling import generate, start, to_uint8
 from evodiff.schedule import EDM, Flow, LinearVP, Node
 from evodiff.solvers.ddim import DDIM

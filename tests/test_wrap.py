@@ -192,6 +192,8 @@ def test_networks_that_cannot_be_right_are_refused_before_sampling(network, mess
         *(({"num_classes": wrong}, "must be a whole number") for wrong in (-1, "10", None)),
         ({"sample_on": "vp"}, "schedule=vp does not exist"),
         ({"weights": "absent.safetensors"}, "absent.safetensors cannot be loaded"),
+        ({"weights": 3}, "weights=3 must be the path of a file"),
+        *(({"device": wrong}, f"device={wrong} is not available here") for wrong in ("gpu", None, torch.device("xpu"))),
     ],
 )
 def test_descriptions_that_cannot_be_right_are_refused(change, message):

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evodiff.denoiser import Denoiser
+from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import ContinuousTime, DiscreteTime, NetworkDenoiser, NoiseLevel, process
@@ -49,7 +50,7 @@ def wrap(
     num_classes: int = 0,
     data_range: Sequence[float] = (-1.0, 1.0),
     sample_on: str = "own",
-    weights: str | None = None,
+    weights: str | Path | None = None,
     check: bool = True,
     device: torch.device | str = "cpu",
 ) -> Pretrained:
@@ -61,7 +62,8 @@ def wrap(
     `sample_on`: the `own` schedule, or `edm` for the same noise levels on EDM's.
 
     With `check`, the network is called at three noise levels. Raises ConfigError if that fails, or if the output has
-    another shape, is not finite, or makes data predictions far outside the range of images.
+    another shape, is not finite, or makes data predictions far outside the range of images; and for arguments that
+    cannot be, like a device that this machine lacks (`device` is a name of torch, or auto).
     """
     channels, height, width = _sizes(shape)
     black, white = _ends(data_range)
@@ -72,8 +74,11 @@ def wrap(
         raise ConfigError(f"wrap: label={label!r} must be a function of a node, like ContinuousTime(999), or None")
     if type(num_classes) is not int or num_classes < 0:
         raise ConfigError(f"wrap: num_classes={num_classes!r} must be a whole number, 0 for a network without classes")
+    device = torch.device(device_for(device))
     files = {}
     if weights is not None:
+        if not isinstance(weights, str | Path):
+            raise ConfigError(f"wrap: weights={weights!r} must be the path of a file, or None")
         _load(model, Path(weights))
         files[Path(weights).name] = sha256(Path(weights))
     if isinstance(model, nn.Module):
@@ -88,7 +93,7 @@ def wrap(
         (channels, height, width),
         num_classes=num_classes,
         files=files,
-        device=torch.device(device),
+        device=device,
         networks=(model,) if isinstance(model, nn.Module) else (),
     )
     if check:
