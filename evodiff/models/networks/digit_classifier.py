@@ -1,5 +1,6 @@
 """The small convolutional classifier whose features define `fd_mnist`."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,12 @@ class DigitClassifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.float() / 127.5 - 1
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = F.max_pool2d(F.relu(conv(x)), 2)
+            x = F.relu(_largest_of_4(conv(x)))
         features = F.relu(self.features(x.flatten(1)))
         return features, self.head(features)
+
+
+def _largest_of_4(x: Tensor) -> Tensor:
+    """F.max_pool2d(x, 2), which takes ten times as long on a CPU; and of fewer numbers the relu costs less."""
+    rows = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
