@@ -127,7 +127,7 @@ class Verdict:
     proxy: bool
     paper: Published | None
     standard_error: float | None = None
-    """Of one run, where it was measured (metrics=[..., ci])."""
+    """Of one run, where it was measured (metrics=[..., ci]): the root mean square over our runs."""
 
     @property
     def mean(self) -> float:
@@ -139,7 +139,7 @@ class Verdict:
 
     @property
     def scatter(self) -> float | None:
-        """The standard deviation of one run: between ours, or of a single one by the jackknife."""
+        """The standard deviation of one run: between ours, or of a single one from its own images."""
         return self.sd if self.sd is not None else self.standard_error if self.values else None
 
     @property

@@ -1,5 +1,6 @@
 """Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
+import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -288,7 +289,8 @@ class Table:
             done = [self.measures(records[*place, k]) for k in range(len(cell.jobs)) if (*place, k) in records]
             values = tuple(measured[metric] for measured in done if metric in measured)
             paper = cell.papers[0] if compared and cell.papers else None
-            error = done[0].get(metric.replace("@", "_se@")) if done else None
+            errors = [measured[key] for measured in done if (key := metric.replace("@", "_se@")) in measured]
+            error = math.sqrt(fmean(e**2 for e in errors)) if errors else None
             found[place] = Verdict(values, self.images, self.proxy, paper, error)
         return found
 

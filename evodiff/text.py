@@ -59,7 +59,7 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
         if any(v.scatter is not None for v in table.verdicts(metric).values()):
-            notes.append("± the standard deviation of one run, between sets of seeds or by the jackknife")
+            notes.append("± the standard deviation of one run, between sets of seeds or from its own images")
         if any(v.paper for v in table.verdicts(metric).values()):
             notes.append("in brackets the paper's; * beyond the tolerance, † proxy of fewer images, – not run")
         parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))

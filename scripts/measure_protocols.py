@@ -23,7 +23,7 @@ from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.resize import KERNELS, resize
 from evodiff.metrics.score import reference_of
-from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
+from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
 from evodiff.models.mnist import mnist_tiny
 from evodiff.paths import RESULTS, ROOT
 from evodiff.sampling import generate, to_uint8
@@ -164,7 +164,7 @@ def number_of_images(states: Tensor) -> dict[str, Any]:
     rows = {}
     for n in SIZES:
         part = Moments.of(x[:n])
-        se = jackknife(groups(x[:n]), part, reference)
+        se = standard_error(influence(x[:n], reference))
         rows[str(n)] = {"fd": frechet_distance(part, reference), "se": se}
     return {**rows, "infinity": frechet_infinity(x, reference)}
 
@@ -214,7 +214,7 @@ def markdown(found: dict[str, Any]) -> str:
         + "; ".join(f"{name} {v:+.1e}" for name, v in found["arithmetic"].items())
         + ".",
         "",
-        f"**N**, {samples}, first N of them; ± is the jackknife standard error:",
+        f"**N**, {samples}, first N of them; ± is the standard error:",
         "",
         "| N | fd_mnist@N |",
         "|---:|---:|",

@@ -17,7 +17,7 @@ from evodiff.metrics.images import read_images
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.score import METRICS, Scorer, extractor_of, files_used, reference_of, score
-from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
+from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
 from evodiff.verify.metrics import write_random_inception
 
 MNIST = protocol("mnist")
@@ -245,25 +245,48 @@ def normal(n, d=4, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_jackknife_does_not_see_the_order_of_classes():
-    """Folders are read in order of names, class by class."""
-    random = torch.Generator().manual_seed(7)
-    labels = torch.arange(10).repeat_interleave(200)
-    x = torch.randn(2000, 3, generator=random).double() + 4 * torch.randn(10, 3, generator=random).double()[labels]
-    reference = Gaussian(torch.zeros(3).double(), torch.eye(3).double())
-    shuffled = x[torch.randperm(2000, generator=random)]
-    in_order, at_random = (jackknife(groups(y), Moments.of(y), reference) for y in (x, shuffled))
-    assert 0.5 < in_order / at_random < 2
+def test_influence_is_the_derivative_by_the_weight_of_an_image():
+    x = normal(300, seed=3).double()
+    reference = Gaussian(torch.full((4,), 0.7).double(), torch.diag(torch.tensor([2.0, 1, 0.5, 3]).double()))
+    weight, i = 1e-5, 17
+
+    def distance(weight):
+        w = torch.full((300,), (1 - weight) / 300, dtype=torch.float64)
+        w[i] += weight
+        mean = w @ x
+        cov = ((x - mean).T * w) @ (x - mean) * 300 / 299
+        return frechet_distance(Gaussian(mean, cov), reference)
+
+    slope = (distance(weight) - distance(-weight)) / (2 * weight)
+    found = influence(x, reference)
+    # the squares are not multiplied by n / (n - 1)
+    assert found[i].item() == pytest.approx(slope, abs=found.std().item() / 300)
+    assert found.mean().item() == pytest.approx(0, abs=1e-12)
 
 
-def test_jackknife_is_the_scatter_over_repetitions():
-    """The standard error said by one sample, against the spread over 200 samples. Away from the reference, where the
-    distance is nearly linear in the moments."""
-    reference = Gaussian(torch.full((4,), 1.0, dtype=torch.float64), 2 * torch.eye(4, dtype=torch.float64))
-    samples = [normal(400, seed=i) for i in range(200)]
+@pytest.mark.parametrize(("n", "d"), [(400, 4), (60, 100)])
+def test_the_standard_error_is_the_scatter_over_repetitions(n, d):
+    """That said by one sample, against the spread over 200 samples; with fewer images than features too."""
+    reference = Gaussian(torch.full((d,), 1.0, dtype=torch.float64), 2 * torch.eye(d, dtype=torch.float64))
+    samples = [normal(n, d, i) for i in range(200)]
     spread = np.std([frechet_distance(Moments.of(x), reference) for x in samples])
-    said = np.mean([jackknife(groups(x), Moments.of(x), reference) for x in samples[:20]])
+    said = np.mean([standard_error(influence(x, reference)) for x in samples[:20]])
     assert said == pytest.approx(spread, rel=0.15)
+
+
+def test_a_difference_on_the_same_seeds_is_known_better_than_its_terms():
+    """Two runs of the same images, but for a shift: the scatter of their difference over repetitions."""
+    reference = Gaussian(torch.full((4,), 1.0, dtype=torch.float64), 2 * torch.eye(4, dtype=torch.float64))
+    pairs = [(x, 1.1 * x) for x in (normal(400, seed=i).double() for i in range(200))]
+    spread = np.std([np.subtract(*(frechet_distance(Moments.of(x), reference) for x in pair)) for pair in pairs])
+    first, second = (influence(x, reference) for x in pairs[0])
+    assert standard_error(first - second) == pytest.approx(spread, rel=0.15)
+    assert standard_error(first - second) < 0.3 * standard_error(first)
+
+
+def test_one_image_has_no_standard_error():
+    with pytest.raises(MetricError, match="at least 2 images"):
+        standard_error(torch.zeros(1))
 
 
 def test_the_limit_removes_the_bias_of_few_images():

@@ -18,7 +18,7 @@ from evodiff.metrics.moments import Moments
 from evodiff.metrics.precision_recall import precision_recall
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.uncertainty import frechet_infinity, groups, jackknife
+from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
 from evodiff.paths import CHECKPOINTS
 
 METRICS = {
@@ -28,7 +28,7 @@ METRICS = {
     "kid": "Kernel Inception Distance (kid, kid_std)",
     "pr": "precision, recall, density, coverage",
     "curve": "fid of the first 5, 10, 25 and 50 thousand images",
-    "ci": "jackknife standard error of fid (fid_se)",
+    "ci": "standard error of fid from this choice of images (fid_se)",
     "limit": "fid extrapolated to infinitely many images (fid_inf)",
 }
 CURVE = (5_000, 10_000, 25_000, 50_000)
@@ -139,7 +139,7 @@ class Scorer:
                 done = size
                 values[key("fid", size)] = frechet_distance(part, self.reference.gaussian)
         if "ci" in self.metrics:
-            values[key("fid_se", n)] = jackknife(groups(features), self.moments, self.reference.gaussian)
+            values[key("fid_se", n)] = standard_error(influence(features, self.reference.gaussian))
         if "limit" in self.metrics:
             values[key("fid_inf", n)] = frechet_infinity(features, self.reference.gaussian)
         if "kid" in self.metrics and real is not None:

@@ -1,7 +1,6 @@
 """How far a Fréchet distance can be trusted: its error bar, its dependence on N, its limit."""
 
 import math
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -11,29 +10,41 @@ from evodiff.errors import MetricError
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.moments import Moments
 
-GROUPS = 20
+ROWS = 4096
+"""Images looked at together."""
 
 
-def jackknife(parts: Iterable[Moments], total: Moments, reference: Gaussian) -> float:
-    """Standard error of the distance of `total`, the sum of `parts`, to `reference`, by leaving out one part at a time.
+def influence(features: Tensor, reference: Gaussian) -> Tensor:
+    """How much each image of features [n, d] moves the Frechet distance to `reference`: [n], of mean 0.
 
-    Parts should be of about equal size and independent (`groups`, shards of seeds). It is the scatter from this choice
-    of images; the bias from their finite number is not in it.
+    To first order the distance is a mean over images, of its derivative by the weight of each: with mean m and
+    covariance S, and m_r, S_r = F F^T of the reference,
+
+        2 (x - m).(m - m_r) + (x - m)^T (I - F (F^T S F)^(-1/2) F^T) (x - m), less its mean.
     """
-    distances = []
-    for part in parts:
-        rest = Moments(total.n - part.n, total.total - part.total, total.outer - part.outer)
-        distances.append(frechet_distance(rest, reference))
-    g = len(distances)
-    if g < 2:
-        raise MetricError(f"a jackknife needs at least 2 parts, and there is {g}")
-    return math.sqrt((g - 1) * np.var(distances))
+    moments = Moments.of(features)
+    mean, factor = moments.mean, reference.factor
+    values, vectors = torch.linalg.eigh(factor.T @ moments.cov @ factor)
+    kept = values > values[-1] * len(mean) * torch.finfo(torch.float64).eps
+    kept &= torch.arange(len(values)) >= len(values) - (moments.n - 1)  # the rank of S
+    root = factor @ vectors[:, kept] * values[kept] ** -0.25
+    moved = []
+    for rows in features.split(ROWS):
+        x = rows.double() - mean
+        moved.append(2 * x @ (mean - reference.mean) + x.square().sum(1) - (x @ root).square().sum(1))
+    found = torch.cat(moved)
+    return found - found.mean()
 
 
-def groups(features: Tensor, count: int = GROUPS, seed: int = 0) -> Iterator[Moments]:
-    """Moments of `count` random parts of features [n, d]: in a folder, neighbours are often of one class."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    return (_moments(features, rows) for rows in order.tensor_split(min(count, len(features))))
+def standard_error(influence: Tensor) -> float:
+    """Of a distance, from the influence of each of its images; of the difference between two runs of the same seeds,
+    from the difference of their influences.
+
+    It is the scatter from this choice of images; the bias from their finite number is not in it.
+    """
+    if len(influence) < 2:
+        raise MetricError(f"a standard error needs at least 2 images, and there is {len(influence)}")
+    return influence.std().item() / math.sqrt(len(influence))
 
 
 def frechet_infinity(
@@ -58,6 +69,6 @@ def frechet_infinity(
 def _moments(features: Tensor, rows: Tensor) -> Moments:
     """Of some rows, without a copy of them all."""
     moments = Moments.zeros(features.shape[1])
-    for part in rows.split(4096):
+    for part in rows.split(ROWS):
         moments.add(features[part])
     return moments
