@@ -6,8 +6,9 @@ other seeds than it is reported on.
 """
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,21 @@ from evodiff.store import SampleStore
 
 GAINS = tuple(round(0.9 + 0.025 * i, 3) for i in range(17))
 """0.9 to 1.3."""
+STEP = 1.1
+"""Between gains beyond those."""
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Distances of the reported half of the seeds, `n` images: as they are, and with the `gain` tuned on the others."""
+    """Distances of the reported half of the seeds, of so many images: as they are, with the best of GAINS, tuned on the
+    other half, and with the best gain of any size."""
 
-    n: int
+    images: int
     plain: float
     gain: float
     matched: float
+    free_gain: float
+    free: float
 
 
 def read_matched(path: Path) -> dict[str, Matched]:
@@ -41,16 +47,16 @@ def read_matched(path: Path) -> dict[str, Matched]:
         return {}
     with path.open(newline="") as file:
         return {
-            line["run"]: Matched(int(line["images"]), *(float(line[key]) for key in ("plain", "gain", "matched")))
+            line["run"]: Matched(int(line["images"]), *(float(line[field.name]) for field in fields(Matched)[1:]))
             for line in csv.DictReader(file)
         }
 
 
 def write_matched(path: Path, cells: Mapping[tuple[str, int, str], Matched]) -> None:
     """matched.csv from (row, NFE, the run's key)."""
-    lines = [[row, nfe, m.n, m.plain, m.gain, m.matched, key] for (row, nfe, key), m in cells.items()]
+    lines = [[row, nfe, *astuple(matched), key] for (row, nfe, key), matched in cells.items()]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([["solver", "nfe", "images", "plain", "gain", "matched", "run"], *lines])
+        csv.writer(file).writerows([["solver", "nfe", *(field.name for field in fields(Matched)), "run"], *lines])
 
 
 def contrast_matched(
@@ -65,13 +71,26 @@ def contrast_matched(
         raise ConfigError(f"{store.folder} has {len(store.seeds)} images; tuning and reporting need 2 each, so 4")
     x = [part for (part,) in recut(store.batches("x"))]
 
+    @cache
     def distance(rows: range, gain: float) -> float:
         images = (to_uint8(gain * torch.from_numpy(part), protocol.rounding) for part in _rows(x, rows))
         return next(iter(score(images, protocol, device).values()))
 
     tuning, reported = range(min(tuned_on, half)), range(half, len(store.seeds))
     gain = min(gains, key=lambda g: distance(tuning, g))
-    return Matched(len(reported), distance(reported, 1.0), gain, distance(reported, gain))
+    free = outward(gain, gains, lambda g: distance(tuning, g))
+    plain, matched, freely = (distance(reported, g) for g in (1.0, gain, free))
+    return Matched(len(reported), plain, gain, matched, free, freely)
+
+
+def outward(gain: float, gains: Sequence[float], distance: Callable[[float], float]) -> float:
+    """The best gain of any size: where it is the least or the largest of `gains`, steps go on until nothing is won."""
+    if min(gains) < gain < max(gains):
+        return gain
+    step = STEP if gain == max(gains) else 1 / STEP
+    while distance(gain * step) < distance(gain):
+        gain *= step
+    return gain
 
 
 def _rows(parts: Iterable[np.ndarray], rows: range) -> Iterable[np.ndarray]:

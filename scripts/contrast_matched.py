@@ -21,6 +21,10 @@ if __name__ == "__main__":
         wanted = key not in found and (not budgets or str(nfe) in budgets)
         if wanted and job.protocol and job.run.folder.exists() and not (store := store_of(job)).missing():
             cell = found[key] = contrast_matched(store, job.protocol, job.device)
-            print(f"{row} at NFE {nfe}: {cell.plain:.2f}, with gain {cell.gain:g} {cell.matched:.2f}", flush=True)
+            print(
+                f"{row} at NFE {nfe}: {cell.plain:.2f}, with gain {cell.gain:g} {cell.matched:.2f}, with "
+                f"{cell.free_gain:.3g} {cell.free:.2f}",
+                flush=True,
+            )
             cells = {(row, nfe, key): found[key] for (row, nfe, _), key in table.keys.items() if key in found}
             write_matched(path, cells)

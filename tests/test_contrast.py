@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evodiff.contrast import Matched, contrast_matched, read_matched, write_matched
+from evodiff.contrast import Matched, contrast_matched, outward, read_matched, write_matched
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, StoreError
 from evodiff.metrics.protocol import protocol
@@ -32,13 +32,29 @@ def states():
 def test_digits_made_flat_get_their_contrast_back(tmp_path, states, flatter):
     found = contrast_matched(store_with(tmp_path, {"x": flatter * states}), MNIST, gains=(0.9, 1.0, 1.25))
     assert found.gain == {1.0: 1.0, 0.8: 1.25}[flatter]
-    assert found.n == 200
+    assert found.images == 200
     if flatter == 1.0:
         assert found.matched == found.plain
     else:
         whole = contrast_matched(store_with(tmp_path / "whole", {"x": states}), MNIST, gains=(1.0,))
         assert found.matched == pytest.approx(whole.plain, rel=1e-2)
         assert found.plain > 1.5 * found.matched
+
+
+def test_a_gain_at_the_end_of_the_range_is_not_the_best_of_any_size(tmp_path, states):
+    found = contrast_matched(store_with(tmp_path, {"x": 0.6 * states}), MNIST, gains=(0.9, 1.1, 1.3))
+    assert found.gain == 1.3
+    assert found.free_gain == pytest.approx(1 / 0.6, rel=0.1)
+    assert found.free < 0.7 * found.matched
+
+
+@pytest.mark.parametrize(("best", "found"), [(1.1, 1.1), (1.3, 1.3), (2.0, 2.0), (0.5, 0.5)])
+def test_the_search_goes_outward_from_the_end_it_lies_at(best, found):
+    def distance(gain):
+        return abs(gain - best)
+
+    gains = (0.9, 1.0, 1.1, 1.2, 1.3)
+    assert outward(min(gains, key=distance), gains, distance) == pytest.approx(found, rel=0.05)
 
 
 def test_it_is_tuned_on_the_first_half_and_reported_on_the_second(tmp_path, states):
@@ -58,11 +74,11 @@ def test_without_states_it_says_what_to_do(tmp_path):
 
 
 def test_matched_cells_come_back_by_the_key_of_their_run(tmp_path):
-    path, cell = tmp_path / "matched.csv", Matched(200, 48.51234567890123, 1.25, 14.9)
+    path, cell = tmp_path / "matched.csv", Matched(200, 48.51234567890123, 1.3, 14.9, 1.365, 14.7)
     assert read_matched(path) == {}
     write_matched(path, {("UniPC-3", 10, "abc"): cell})
     assert read_matched(path) == {"abc": cell}
     assert path.read_text().splitlines() == [
-        "solver,nfe,images,plain,gain,matched,run",
-        "UniPC-3,10,200,48.51234567890123,1.25,14.9,abc",
+        "solver,nfe,images,plain,gain,matched,free_gain,free,run",
+        "UniPC-3,10,200,48.51234567890123,1.3,14.9,1.365,14.7,abc",
     ]
