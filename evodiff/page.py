@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 EXPLAINED = {
     "fd_mnist": "Fréchet distance between features of the samples and of 5,000 real digits, taken from a small digit "
     "classifier. Lower is better. It is not FID. It sees the model's bias as well as the solver's error.",
-    "rmse": "Root mean square distance, over pixels in [-1, 1], to the converged solution of the probability-flow ODE "
-    "from the same seeds. Lower is better. It sees the solver's error alone.",
+    "rmse": "Root mean square distance, over pixels in [-1, 1] and beyond, to the converged solution of the "
+    "probability-flow ODE from the same seeds. Lower is better. It sees the solver's error alone.",
+    "rmse_images": "The same of the images: without what was clipped at black and white.",
     "saturated": "Share of pixels at 0 or 255: what a solver pushes beyond the range ends there.",
     "contrast": "Mean standard deviation of an image's pixels, in grey levels: a solver that adds contrast shows here.",
     "fid": "Fréchet Inception distance under the protocol named below. Lower is better.",
