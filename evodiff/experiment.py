@@ -1,9 +1,11 @@
 """A run made and measured: sample_run makes the images that are missing, score_run measures them."""
 
+import gc
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,10 @@ from evodiff.store import SampleStore, Shard
 PREVIEW = 64
 """Images in grid.png."""
 EXTRACTED_AT_ONCE = 250
+NAMING_FILES = ("checkpoint", "classifier", "weights", "pipeline", "prompts")
+"""Fields of a model that may name a file or a folder."""
+_kept: dict[str, Pretrained] = {}
+"""The model of the run before, under what it was made of."""
 
 
 def sample_run(job: Job, run: Run | None = None) -> bool:
@@ -57,18 +63,56 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
         print(f"{run.key()}: {name} is damaged or missing; sampling it anew", file=sys.stderr)
     for name in store.lacking():
         print(f"{run.key()}: {name} has no {' and '.join(store.needs)} in it; sampling it anew", file=sys.stderr)
-    missing = store.missing()
-    if not missing:
+    if not store.missing():
         save_preview(run, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
-    model = prepared(build(run.model, device=job.device), *run.computing)
+    with loaded(run, job.device) as model:
+        _make_shards(job, run, model, scorer, store, read)
+    if store.missing():
+        return False
+    save_preview(run, store)
+    return True
+
+
+@contextmanager
+def loaded(run: Run, device: str) -> Iterator[Pretrained]:
+    """The model of a run on a device, computing as the run says.
+
+    It is kept for the next run, unless what happens inside fails, for example for want of memory. Only one is kept: the
+    one before is let go of first, and so it is when a file that the configuration names has changed. Raises what
+    building the model raises.
+    """
+    key = json.dumps([run.as_dict()["model"], run.computing, device, _states(run.model)], sort_keys=True)
+    if key not in _kept:
+        _kept.clear()
+        gc.collect()  # a compiled network refers to itself
+        _kept[key] = prepared(build(run.model, device=device), *run.computing)
+    try:
+        yield _kept[key]
+    except BaseException:
+        _kept.clear()
+        raise
+
+
+def _states(model: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Size and time of change of the files that a model's configuration names, also of those in folders."""
+    named = [resolve(Path(model[key]).expanduser()) for key in NAMING_FILES if isinstance(model.get(key), str)]
+    files = [path for one in named for path in (one, *sorted(one.rglob("*"))) if path.is_file()]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _make_shards(
+    job: Job, run: Run, model: Pretrained, scorer: Scorer | None, store: SampleStore, read: Mapping[str, str]
+) -> None:
+    """Those of the missing shards that no other process works on; `read` is what files_read found."""
     solver, grid = run.plan(model)
-    files = {**model.files, **read}
+    files = {**read, **model.files}
     store.check_files(files, unnoted=read)
     write_yaml(run.folder / "run.yaml", run.as_dict())
     if job.batch == "auto":
         job = replace(job, batch=batch_for(job, run, model, grid))
+    missing = store.missing()
     with progress(run.key(), sum(map(len, missing))) as advance, OneBehind() as behind:
         for seeds in missing:
             with ExitStack() as claim:
@@ -80,10 +124,6 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
                             advance(len(batch.seeds))
                     shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
                     behind(write_shard, run.folder, store, files, shard, claim.pop_all())
-    if store.missing():
-        return False
-    save_preview(run, store)
-    return True
 
 
 def files_read(run: Run) -> dict[str, str]:
