@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff import inputs, pages, text
+from evodiff import inputs, pages, text, trajectory
 from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError, StoreError
@@ -171,7 +171,7 @@ class Table:
         return found
 
     def make(self) -> int:
-        """Sample and score what is missing, write the pages and print the table.
+        """Sample and score what is missing, picture a trajectory of each method, write the pages and print the table.
 
         A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1. What
         cells read and can be computed is made first.
@@ -183,6 +183,10 @@ class Table:
         for stage in (_sample, score_run):
             todo = [(label, job, run) for label, job, run in todo if failures.attempt(label, stage, job, run)]
         failures.tell()
+        pictures = Failures()  # without which a table is no less complete
+        for row, job in trajectory.shown(self).items():
+            pictures.attempt(f"trajectory of {row}", trajectory.make, job)
+        pictures.tell()
         self.show()
         return int(bool(failures.reasons))
 

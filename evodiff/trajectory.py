@@ -1,21 +1,19 @@
 """What the network sees of one seed on its way: D at every evaluation, by each method of a table."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evodiff.config import build, essential
 from evodiff.denoiser import Denoiser
-from evodiff.errors import EvodiffError
-from evodiff.experiment import denoiser_for, generate_as
+from evodiff.experiment import denoiser_for, generate_as, loaded
 from evodiff.files import whole_file
 from evodiff.models.pretrained import Pretrained
 from evodiff.plots import save_trajectories
-from evodiff.precision import prepared
+from evodiff.precision import products
 from evodiff.run import NOISES, Job, store_of
 from evodiff.sampling import to_uint8
 from evodiff.schedule import Node
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from evodiff.report import Table
 
 WANTED_NFE = 10
+FILE = "trajectory.npz"
 
 
 class Recorder:
@@ -46,47 +45,43 @@ def trajectory(job: Job, model: Pretrained) -> tuple[np.ndarray, np.ndarray]:
     noise = NOISES[run.noise](seeds)
     labels = noise.labels(model.num_classes) if model.num_classes else None
     recorder = Recorder(denoiser_for(run, model, labels))
-    made = generate_as(run, model, recorder, solver, grid, seeds, noise)
-    seen = torch.cat([D for _, D in recorder.seen])
-    images = torch.cat([to_uint8(model.decode(seen) if model.decode else seen, run.rounding), made.images])
+    with products(run.precision):
+        made = generate_as(run, model, recorder, solver, grid, seeds, noise)
+        seen = torch.cat([D for _, D in recorder.seen])
+        images = torch.cat([to_uint8(model.decode(seen) if model.decode else seen, run.rounding), made.images])
     return images.cpu().numpy(), np.array([kappa for kappa, _ in recorder.seen])
 
 
-def save_sheet(path: Path, table: "Table") -> None:
-    """One picture: a row for each method whose run is here, at WANTED_NFE or the column nearest to it.
-
-    Trajectories are kept in the runs' folders. Nothing is written, and an older picture stays, where none can be had.
-    """
+def shown(table: "Table") -> dict[str, Job]:
+    """By method, the run of a table at WANTED_NFE or the column nearest to it."""
     nfe = min(table.nfe, key=lambda n: abs(n - WANTED_NFE))
-    models: dict[str, Pretrained | None] = {}
-    rows = {}
-    for cell in table.cells.values():
-        job = cell.jobs[0]
-        if cell.nfe != nfe or not job.run.folder.exists() or store_of(job).missing():
-            continue
-        kept = job.run.folder / "trajectory.npz"
-        if not kept.exists():
-            name = json.dumps(essential(job.run.as_dict()["model"]), sort_keys=True)
-            if name not in models:
-                models[name] = _loaded(job)
-            if (model := models[name]) is None:
-                continue
-            images, kappas = trajectory(job, model)
-            with whole_file(kept) as temporary:
-                np.savez_compressed(temporary, images=images, kappas=kappas)
-        with np.load(kept) as file:
-            rows[cell.row] = (file["images"], file["kappas"])
+    return {cell.row: cell.jobs[0] for cell in table.cells.values() if cell.nfe == nfe}
+
+
+def make(job: Job) -> None:
+    """The trajectory of a run into its folder, if the run is here and its trajectory is not."""
+    if not job.run.folder.exists() or store_of(job).missing() or _read(job) is not None:
+        return
+    with loaded(job.run, job.device) as model:
+        images, kappas = trajectory(job, model)
+    with whole_file(job.run.folder / FILE) as temporary:
+        np.savez_compressed(temporary, images=images, kappas=kappas)
+
+
+def save_sheet(path: Path, table: "Table") -> None:
+    """One picture: a row for each method whose trajectory is here. Nothing is written where there is none, and an older
+    picture stays."""
+    jobs = shown(table)
+    rows = {row: kept for row, job in jobs.items() if (kept := _read(job)) is not None}
     if rows:
-        save_trajectories(path, rows, f"seed {job_seed(table)}, NFE {nfe}")
+        run = next(iter(jobs.values())).run
+        save_trajectories(path, rows, f"seed {run.seeds[0]}, NFE {run.nfe}")
 
 
-def job_seed(table: "Table") -> int:
-    return next(iter(table.jobs.values())).run.seeds[0]
-
-
-def _loaded(job: Job) -> Pretrained | None:
-    run = job.run
+def _read(job: Job) -> tuple[np.ndarray, np.ndarray] | None:
+    """None if there is none, or none that can be read."""
     try:
-        return prepared(build(run.model, device=job.device), run.precision, run.channels_last, compile=False)
-    except EvodiffError:
+        with np.load(job.run.folder / FILE) as file:
+            return file["images"], file["kappas"]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None

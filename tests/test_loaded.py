@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from evodiff import trajectory
 from evodiff.experiment import sample_run
 from evodiff.models.wrap import wrap
 from evodiff.run import Job
@@ -53,8 +54,10 @@ def cell(results):
     return make
 
 
-def test_runs_of_one_model_load_it_once(cell):
+def test_runs_of_one_model_load_it_once_also_for_a_trajectory(cell):
     assert all(sample_run(cell(nfe)) for nfe in (2, 3, 4))
+    trajectory.make(cell(3))
+    assert (cell(3).run.folder / "trajectory.npz").exists()
     assert len(alive) == 1
 
 

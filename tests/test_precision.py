@@ -23,6 +23,7 @@ from evodiff.run import Job, store_of
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM
 from evodiff.solvers.ddim import DDIM
+from evodiff.trajectory import trajectory
 
 WAYS = ([], ["precision=bf16"], ["channels_last=true"], ["compile=true"], ["compile=true", "cuda_graphs=true"])
 NODE = EDM().node(1.0)
@@ -209,6 +210,15 @@ def test_fp32_is_no_tf32_in_a_run(noting, results, monkeypatch):
     monkeypatch.setattr(experiment, "build", lambda config, **_: model if config is job.run.model else build(config))
     assert sample_run(job)
     assert set(notes) == BOTH_WAYS and len(notes) == 2 * 3 + 1
+    assert legacy() == (True, True, "high")
+
+
+def test_fp32_is_no_tf32_in_a_trajectory(noting):
+    model, notes = noting
+    guided = ["solver=ddim", "guidance=classifier"]
+    job = Job.compose(["model=mnist_tiny", "protocol=none", "nfe=2", "seeds=0-1", *guided])
+    trajectory(job, model)
+    assert set(notes) == BOTH_WAYS and len(notes) == 2 * 3 + 2, "the decoder is given what was seen, and the sample"
     assert legacy() == (True, True, "high")
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from evodiff import published, report, text
+from evodiff import published, report, text, trajectory
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
 from evodiff.pictures import mosaic, save_grid
 from evodiff.report import Failures, Table
 from evodiff.text import show
-from evodiff.trajectory import trajectory
 
 SMALL = ["table=smoke", "table.nfe=[5,6]"]
 PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fid_vs_nfe.png", "fid_vs_nfe.svg"}
@@ -299,10 +298,45 @@ def test_a_trajectory_ends_with_the_sample(small):
     table.make()
     cell = table.cells["EVODiff", 6]
     job = cell.jobs[0]
-    images, kappas = trajectory(job, build(job.run.model))
+    images, kappas = trajectory.trajectory(job, build(job.run.model))
     with np.load(job.run.folder / "shard-000000.npz") as shard:
         assert np.array_equal(images[-1], shard["images"][0])
     assert len(images) == 7 and kappas[0] == pytest.approx(80) and (np.diff(kappas) < 0).all()
+
+
+def test_pages_of_runs_without_trajectories_need_no_network(small, results, monkeypatch):
+    table = small()
+    table.make()
+    picture = table.folder / "trajectories.png"
+    before = picture.read_bytes()
+    for path in (*results.rglob("trajectory.npz"), table.folder / "report.html"):
+        path.unlink()
+    monkeypatch.setattr(trajectory, "trajectory", out_of_memory)
+    small().write()
+    assert picture.read_bytes() == before and (table.folder / "report.html").exists()
+    picture.unlink()
+    small().write()
+    assert not picture.exists() and "Trajectories" not in (table.folder / "report.html").read_text()
+
+
+def test_a_trajectory_that_fails_does_not_end_the_table(small, results, capsys, monkeypatch):
+    monkeypatch.setattr(trajectory, "trajectory", out_of_memory)
+    table = small()
+    assert table.make() == 0
+    out, err = capsys.readouterr()
+    assert "4 of 4 cells done" in out and (table.folder / "report.html").exists()
+    assert "evodiff: trajectory of DDIM and 1 more: OutOfMemoryError: CUDA out of memory. Tried" in err
+
+
+def test_a_damaged_trajectory_is_left_out_until_it_is_made_again(small, results):
+    small().make()
+    picture = results / "tables" / "smoke" / "trajectories.png"
+    (damaged, _) = results.rglob("trajectory.npz")
+    whole, before = damaged.read_bytes(), picture.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    small().write()
+    assert picture.read_bytes() != before
+    assert small().make() == 0 and picture.read_bytes() == before
 
 
 def test_a_grid_shows_every_image_in_its_place(tmp_path):
