@@ -8,7 +8,7 @@ from evodiff.errors import ConfigError
 ROOT = Path(os.environ.get("EVODIFF_ROOT", Path(__file__).resolve().parent.parent)).absolute()
 CONFIGS = ROOT / "configs"
 CHECKPOINTS = ROOT / "checkpoints"
-RESULTS = Path(os.environ.get("EVODIFF_RESULTS", ROOT / "results"))
+RESULTS = Path(os.environ.get("EVODIFF_RESULTS", ROOT / "results")).absolute()
 
 
 def resolve(path: str | Path) -> Path:

@@ -1,5 +1,9 @@
 """Files that a configuration names are found from any folder: here first, then in the project."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pipelines
 import pytest
@@ -50,3 +54,10 @@ def test_a_pipeline_with_its_prompts(project):
     model = latent("sd", prompts="prompts.txt")
     assert model.num_classes == 2
     assert "prompts.txt" in model.files and any("unet" in name for name in model.files)
+
+
+def test_a_relative_results_folder_stays_where_it_was_when_the_program_changes_its_own(tmp_path):
+    code = "import os; from evodiff.paths import RESULTS; os.chdir('/'); print(RESULTS.absolute())"
+    environment = os.environ | {"EVODIFF_RESULTS": "mine", "PYTHONPATH": str(paths.ROOT)}
+    pipes = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **pipes).stdout == f"{tmp_path / 'mine'}\n"
