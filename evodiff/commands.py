@@ -2,11 +2,10 @@
 
 import importlib
 import sys
-import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from evodiff.config import build, compose, compose_hydra, nearest
@@ -106,28 +105,28 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
         return sweep(action, overrides)
     if any(text.startswith(("hydra/launcher", "hydra.launcher")) for text in overrides):
         raise ConfigError("hydra/launcher says where the jobs of a sweep run; add -m to sweep.")
-    compose("run", overrides)  # misspelt keys get our message, not Hydra's
-    failed = False
 
-    def task(_: DictConfig) -> None:
-        nonlocal failed
-        try:
-            use_own_gpu()
-            if text := action.do(Job.compose(list(HydraConfig.get().overrides.task))):
-                print(text)
-        except EvodiffError as e:
-            failed = True
-            print(f"evodiff: {e}", file=sys.stderr)
-        except Exception:
-            failed = True
-            traceback.print_exc()
+    def act(_: DictConfig | None = None) -> None:
+        use_own_gpu()
+        if text := action.do(Job.compose(overrides)):
+            print(text)
 
-    saved, sys.argv = sys.argv, [f"evodiff {name}", *argv, "hydra.run.dir=."]
+    if any(arg.startswith("-") for arg in argv):
+        compose("run", [text for text in overrides if "=" in text])  # misspelt keys get our message, not Hydra's
+        with_flags(act, [f"evodiff {name}", *argv])
+    else:
+        act()
+    return 0
+
+
+def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
+    """Hydra's own flags, like --help, --cfg and --info: it reads sys.argv, and does the task unless it shows
+    something."""
+    saved, sys.argv = sys.argv, [*argv, "hydra.run.dir=."]
     try:
         hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()
     finally:
         sys.argv = saved
-    return int(failed)
 
 
 def table_main(argv: list[str]) -> int:

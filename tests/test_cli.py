@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import hydra
 import numpy as np
 import pytest
 
@@ -186,6 +187,21 @@ def test_nan_from_the_network_names_the_seeds_and_keeps_nothing(evodiff_command,
     assert code == 1
     assert "4 of 4 images are not finite (seeds 0, 1, 2, 3)" in err
     assert shards(results) == {}
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg=job"]])
+def test_a_flag_of_hydra_shows_and_runs_nothing(evodiff_command, results, flags):
+    before = sys.argv
+    code, out, _ = evodiff_command("run", *flags, *MIXTURE, "nfe=7")
+    assert code == 0 and "nfe: 7" in out and sys.argv is before
+    assert shards(results) == {}
+    assert "Did you mean nfe?" in evodiff_command("run", *flags, "nfee=7")[2]
+
+
+def test_a_run_without_flags_is_composed_by_us_alone(evodiff_command, results, monkeypatch):
+    monkeypatch.delattr(hydra, "main")
+    assert evodiff_command("sample", *MIXTURE, "solver=ddim", "nfe=2")[0] == 0
+    assert len(shards(results)) == 2
 
 
 def test_scoring_before_sampling_says_what_to_do(evodiff_command, results):
