@@ -16,9 +16,9 @@ import torch
 
 from evodiff.errors import ConfigError
 from evodiff.files import whole_file
+from evodiff.metrics.distances import recut
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.score import score
-from evodiff.record import recut
 from evodiff.sampling import to_uint8
 from evodiff.store import SampleStore
 

@@ -25,6 +25,7 @@ from evodiff.device import device_name
 from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
+from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.score import Scorer, files_used, reference_path
@@ -34,7 +35,7 @@ from evodiff.paths import resolve
 from evodiff.pictures import save_grid, save_pngs
 from evodiff.precision import prepared, products
 from evodiff.progress import progress
-from evodiff.record import AGAINST_REFERENCE, OF_IMAGES, Record, versions
+from evodiff.record import Record, versions
 from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
@@ -165,6 +166,8 @@ def sample_batches(
     """The images of `seeds`, on the CPU, `job.batch` at a time."""
     assert isinstance(job.batch, int)
     size = job.batch
+    looked_at = job.save != "none" or (job.protocol is not None and job.scored)
+    drawing = model if looked_at else replace(model, decode=None)  # a decoder may cost as much as the network
 
     def drawn(batch: range) -> tuple[range, Noise, Tensor | None]:
         noise: Noise = NOISES[run.noise](batch)
@@ -173,7 +176,7 @@ def sample_batches(
 
     batches = (range(a, min(a + size, seeds.stop)) for a in range(seeds.start, seeds.stop, size))
     for batch, noise, labels in one_ahead(drawn, batches):
-        generated = generate_as(run, model, denoiser_for(run, model, labels), solver, grid, batch, noise)
+        generated = generate_as(run, drawing, denoiser_for(run, model, labels), solver, grid, batch, noise)
         # not a view of the state, which would stay on the device for as long as the shard is made
         x = generated.x.float().cpu() if job.keeps_states else torch.empty(0)
         yield replace(generated, x=x, images=generated.images.cpu())

@@ -21,11 +21,12 @@ from evodiff.config import build, parse_range
 from evodiff.errors import ConfigError, EvodiffError, StoreError
 from evodiff.experiment import sample_run, score_run
 from evodiff.locks import locked
+from evodiff.metrics.distances import AGAINST_REFERENCE
 from evodiff.metrics.score import reference_of
 from evodiff.paths import RESULTS
 from evodiff.plots import Curve
 from evodiff.published import Published, Verdict, matching, read, unmatched
-from evodiff.record import AGAINST_REFERENCE, Record
+from evodiff.record import Record
 from evodiff.run import Job, Run
 from evodiff.tracking import Tracker
 

@@ -15,13 +15,13 @@ from evodiff.denoiser import THRESHOLDS, threshold_of
 from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.grid import TimeGrid, grid_for
+from evodiff.metrics.distances import AGAINST_REFERENCE, FROM_IMAGES, OF_IMAGES
 from evodiff.metrics.protocol import Protocol, from_dict
 from evodiff.metrics.score import METRICS
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import LegacyNoise, SeededNoise
 from evodiff.paths import RESULTS
 from evodiff.precision import PRECISIONS
-from evodiff.record import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.solvers.base import Solver
 from evodiff.store import SampleStore
 from evodiff.tracking import Tracker
@@ -215,7 +215,7 @@ def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
     for name in metrics:
         if name not in known:
             raise ConfigError(f"no metric is called {name}.{nearest(str(name), known)} Possible: {', '.join(known)}.")
-    needing = [name for name in metrics if name not in METRICS and (name in OF_IMAGES or cfg.reference_run is not None)]
+    needing = [n for n in metrics if n in FROM_IMAGES and (n in OF_IMAGES or cfg.reference_run is not None)]
     if cfg.save in FEATURES_ONLY and needing:
         rest = ",".join(name for name in metrics if name not in needing)
         raise ConfigError(

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from evodiff.metrics.distances import OF_IMAGES
 from evodiff.published import Verdict
-from evodiff.record import OF_IMAGES
 
 if TYPE_CHECKING:
     from evodiff.cells import Cell

@@ -70,7 +70,7 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     table = small()
     table.make()
     ((job, reference),) = table.references.values()
-    from evodiff.record import rmse
+    from evodiff.metrics.distances import rmse
     from evodiff.run import store_of
 
     assert rmse(store_of(job, reference), store_of(job, reference)) == 0

@@ -1,6 +1,7 @@
 """What a run keeps (`save`) and what is measured on it (`metrics`)."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from PIL import Image
 
 from evodiff import experiment
 from evodiff.config import build
+from evodiff.metrics.distances import recut
 from evodiff.metrics.score import Scorer
-from evodiff.record import recut
 from evodiff.run import Job
 
 RUN = ["solver=ddim", "nfe=2", "seeds=0-23", "shard=10", "batch=7", "device=cpu"]
@@ -67,6 +68,29 @@ def test_a_state_that_is_not_kept_is_not_held(results):
     model = build(job.run.model, device="cpu")
     made = next(experiment.sample_batches(job, job.run, model, *job.run.plan(model), range(7)))
     assert not job.keeps_states and made.x.untyped_storage().nbytes() == 0
+
+
+def test_states_alone_need_no_decoder_and_keep_no_images(results, monkeypatch):
+    """As a table of latents compares them."""
+
+    def refused(x):
+        raise AssertionError("nobody looks at these images")
+
+    real = experiment.build
+    monkeypatch.setattr(
+        experiment, "build", lambda cfg, **at: replace(real(cfg, **at), decode=refused) if at else real(cfg)
+    )
+    common = ["model=mixture", "protocol=none", "metrics=[rmse]", REFERENCE, *RUN]
+    job = Job.compose([*common, "save=none"])
+    for run in (None, job.reference_run):
+        experiment.sample_run(job, run)
+    (path, *_) = sorted(job.run.folder.glob("shard-*.npz"))
+    assert set(np.load(path)) == {"seeds", "x"}
+    assert experiment.score_run(job).metrics["rmse@24"] > 0
+    with pytest.raises(AssertionError, match="nobody looks"):
+        experiment.sample_run(
+            Job.compose([*common, "save=none", "seeds=30-40", "protocol=mnist", "metrics=[fid,rmse]"])
+        )
 
 
 def test_states_are_kept_only_where_a_metric_compares_them(run, results):
@@ -167,7 +191,7 @@ def test_the_reference_may_lie_in_shards_of_another_size(run, results):
         (["metrics=[fid,kidd]"], "no metric is called kidd. Did you mean kid?"),
         (
             ["save=none"],
-            "save=none keeps no images, and these metrics are taken from images: rmse, contrast. Set metrics=[fid]",
+            "save=none keeps no images, and these metrics are taken from images: contrast. Set metrics=[fid,rmse]",
         ),
         (["save=grid", "reference_run=null"], "taken from images: contrast. Set metrics=[fid,rmse]"),
     ],

@@ -10,7 +10,7 @@ from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.metrics.cli import score_path_main, stats_main
-from evodiff.metrics.distances import rmse, sliced_wasserstein
+from evodiff.metrics.distances import project, rmse, rmse_images, sliced_wasserstein, wasserstein_of_columns
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.images import read_images
@@ -18,6 +18,8 @@ from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.score import METRICS, Scorer, extractor_of, files_used, reference_of, score
 from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
+from evodiff.sampling import to_uint8
+from evodiff.store import SampleStore
 from evodiff.verify.metrics import write_random_inception
 
 MNIST = protocol("mnist")
@@ -296,14 +298,39 @@ def test_the_limit_removes_the_bias_of_few_images():
     assert abs(limit) < 0.2 * plain
 
 
-def test_rmse_and_sliced_wasserstein():
+def kept(folder, x, images=None):
+    """A run of such states and images."""
+    store = SampleStore(folder, {"nfe": 1}, range(len(x)), 200)
+    images = x if images is None else images
+    for seeds in store.missing():
+        part = slice(seeds.start, seeds.stop)
+        store.write(seeds, {"x": x[part].numpy(), "images": images[part].numpy()}, nfe=1, seconds=0.0, weights={})
+    return store
+
+
+def test_rmse_of_states_and_of_images(tmp_path):
+    """Images end at black and white, so what goes beyond is in the error of the states alone."""
+    converged = torch.rand(500, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    beyond = converged + torch.where(converged.abs() > 0.9, 3 * converged.sign(), 0.02)
+    runs = [kept(tmp_path / name, x, to_uint8(x)) for name, x in (("converged", converged), ("beyond", beyond))]
+    far = (converged.abs() > 0.9).double().mean().item()
+    assert rmse(*runs) == pytest.approx((9 * far + 0.02**2 * (1 - far)) ** 0.5)
+    clipped = (beyond.clamp(-1, 1) - converged).square().mean().sqrt().item()
+    assert rmse_images(*runs) == pytest.approx(clipped, abs=0.003)
+    assert rmse(runs[0], runs[0]) == rmse_images(runs[0], runs[0]) == 0
+
+
+def test_sliced_wasserstein(tmp_path):
     x = normal(500, 3).reshape(500, 1, 3, 1)
-    assert rmse(x, x + 2) == pytest.approx(2)
-    assert sliced_wasserstein(x, x) == 0
+    assert sliced_wasserstein(kept(tmp_path / "x", x), kept(tmp_path / "flipped", x.flip(0))) == pytest.approx(
+        0, abs=1e-12
+    )
+
+    def distance(x, y, projections=256):
+        return wasserstein_of_columns(project(x, projections), project(y, projections))
+
     # every projection moves by <s, direction>, whose mean square is |s|^2 / d
     shift = torch.tensor([3.0, 0.0, 0.0]).reshape(1, 3, 1)
-    assert sliced_wasserstein(x, x + shift, projections=4000) == pytest.approx(3 / 3**0.5, rel=0.05)
-    # sorted first against last would be a permutation; the distance does not see the order of samples
-    assert sliced_wasserstein(x, x.flip(0)) == pytest.approx(0, abs=1e-12)
-    assert sliced_wasserstein(x, torch.cat([x, x, x])) == pytest.approx(0, abs=1e-12)
-    assert sliced_wasserstein(x[:3], x[:2]) == pytest.approx(sliced_wasserstein(x[:2], x[:3]))
+    assert distance(x, x + shift, projections=4000) == pytest.approx(3 / 3**0.5, rel=0.05)
+    assert distance(x, torch.cat([x, x, x])) == pytest.approx(0, abs=1e-12)
+    assert distance(x[:3], x[:2]) == pytest.approx(distance(x[:2], x[:3]))
