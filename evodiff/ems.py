@@ -8,6 +8,7 @@ half-log-SNRs, `lambdas` [M + 1], in l.npz.
 import json
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ def load(folder: str, lambdas: Sequence[float] | None = None) -> Statistics:
     """Statistics from a folder (l.npz, sb.npz); relative paths may start at the project's root.
 
     The released files do not say which half-log-SNRs they belong to: give the first and the last as `lambdas`, for EDM
-    from 80 to 0.002 [-4.382, 6.2146]. Raises ConfigError.
+    from 80 to 0.002 [-4.382, 6.2146]. The last ones are kept, until their files change. Raises ConfigError.
     """
     path = resolve(folder)
+    files = path / "l.npz", path / "sb.npz"
+    written = tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+    return _load(folder, path, None if lambdas is None else tuple(lambdas), written)
+
+
+@lru_cache(maxsize=1)  # they can be gigabytes: the cells of a table share one
+def _load(folder: str, path: Path, lambdas: tuple[float, ...] | None, written: tuple[int, ...]) -> Statistics:
     try:
         with np.load(path / "l.npz") as l_file, np.load(path / "sb.npz") as sb_file:
             arrays = [torch.from_numpy(a).double() for a in (l_file["l"], sb_file["s"], sb_file["b"])]
@@ -60,7 +68,7 @@ def load(folder: str, lambdas: Sequence[float] | None = None) -> Statistics:
     elif lambdas is None or len(lambdas) != 2 or not lambdas[0] < lambdas[1]:
         raise ConfigError(
             f"{path / 'l.npz'} does not say which half-log-SNRs it belongs to: set statistics.lambdas to the first and "
-            f"the last, rising, for example [-4.382, 6.2146] for EDM from 80 to 0.002 (not {lambdas})"
+            f"the last, rising, for example [-4.382, 6.2146] for EDM from 80 to 0.002 (not {lambdas and list(lambdas)})"
         )
     else:
         nodes = torch.linspace(float(lambdas[0]), float(lambdas[1]), len(arrays[0]), dtype=torch.float64)

@@ -1,7 +1,10 @@
 """Empirical model statistics: against closed forms and direct regression, interrupted, and their files."""
 
+import gc
 import json
 import math
+import os
+import weakref
 
 import numpy as np
 import pytest
@@ -139,6 +142,25 @@ def test_our_layout_names_its_range_and_refuses_another(tmp_path):
     assert ems.load(str(tmp_path / "ems")).lambdas[-1] == 1
     with pytest.raises(ConfigError, match="says -1 to 1"):
         ems.load(str(tmp_path / "ems"), lambdas=[-1, 2])
+
+
+def test_statistics_are_shared_until_others_are_loaded_or_their_files_change(tmp_path):
+    for name in ("a", "b"):
+        write_published(tmp_path / name)
+    first = ems.load(str(tmp_path / "a"), lambdas=[-1, 3])
+    assert ems.load(str(tmp_path / "a"), lambdas=[-1, 3]) is first
+    assert ems.load(str(tmp_path / "a"), lambdas=[-1, 2]).lambdas[-1] == 2
+
+    kept = weakref.ref(first)
+    del first
+    ems.load(str(tmp_path / "b"), lambdas=[-1, 3])
+    gc.collect()
+    assert kept() is None
+
+    ones = np.ones((5, 1, 2, 2))
+    np.savez(tmp_path / "b" / "sb.npz", s=ones, b=3 * ones)
+    os.utime(tmp_path / "b" / "sb.npz", ns=(0, 1))
+    assert ems.load(str(tmp_path / "b"), lambdas=[-1, 3]).b.max() == 3
 
 
 def test_missing_and_broken_files_are_refused(tmp_path):

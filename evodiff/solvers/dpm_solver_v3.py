@@ -9,9 +9,9 @@ Without statistics l = 1, s = b = 0 ("degenerated" in the released code): f = -D
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +97,16 @@ class DPMSolverV3(Multistep):
     def global_order(self) -> float:
         return 2 if self.order > 1 or (self.use_corrector and self.c_pseudo) else 1
 
+    @cached_property
+    def weights(self) -> Callable[..., Weights]:
+        """`weights` of its statistics; kept, for every batch asks, and no longer than the solver."""
+        return lru_cache(maxsize=256)(partial(weights, self.statistics))
+
+    @cached_property
+    def weight_of_x(self) -> Callable[..., Tensor]:
+        """`weight_of_x` of its statistics, kept likewise."""
+        return lru_cache(maxsize=256)(partial(weight_of_x, self.statistics))
+
     def step(self, denoise: Denoiser, x: Tensor, step: Step, past: State) -> tuple[Tensor, State]:
         if step.i == 0:
             self.check(step.grid, x.shape[1:])
@@ -106,7 +116,7 @@ class DPMSolverV3(Multistep):
         """f = (sigma eps - l x) / alpha = (1 - l) x / alpha - D."""
         if self.statistics is None:
             return -D
-        return combine((weight_of_x(self.statistics, node, x.device, x.dtype), x), (-1.0, D))
+        return combine((self.weight_of_x(node, x.device, x.dtype), x), (-1.0, D))
 
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         return self.update(step, past[::-1][: self.order_at(step)], self.p_pseudo)
@@ -123,7 +133,7 @@ class DPMSolverV3(Multistep):
         s, t = step.s, step.t
         lams = tuple(point.node.lam for point in points)
         x = points[0].x
-        w = weights(self.statistics, t.lam, lams, pseudo, x.device, x.dtype)
+        w = self.weights(t.lam, lams, pseudo, x.device, x.dtype)
         gains = ((-t.alpha * weight, point.m) for weight, point in zip(w.f, points, strict=True))
         x_t = combine((t.alpha / s.alpha * w.decay, x), *gains)
         return x_t if self.statistics is None else x_t.add_(w.constant, alpha=t.alpha)
@@ -147,13 +157,11 @@ class DPMSolverV3(Multistep):
             )
 
 
-@lru_cache(maxsize=256)
 def weight_of_x(statistics: Statistics, node: Node, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1 - l) / alpha at a node; kept, for every batch asks."""
+    """(1 - l) / alpha at a node."""
     return ((1 - statistics.l_at(node.lam)) / node.alpha).to(device, dtype)
 
 
-@lru_cache(maxsize=256)
 def weights(
     statistics: Statistics | None,
     lam_t: float,
@@ -162,7 +170,7 @@ def weights(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Weights:
-    """The coefficients of one update from lams[0] to lam_t that uses f at all of `lams`; kept, for every batch asks."""
+    """The coefficients of one update from lams[0] to lam_t that uses f at all of `lams`."""
     decay: Tensor | float
     if statistics is None:
         decay, C, J = exact_integrals(lam_t - lams[0], len(lams))
