@@ -61,7 +61,12 @@ class Processes:
                     i = todo.get_nowait()
                 except queue.Empty:
                     return worker.stop()
-                done.put((i, worker.call(function, jobs[i])))
+                try:
+                    result = worker.call(function, jobs[i])
+                except Exception as e:  # or this thread would end, and its job be waited for
+                    worker.stop()
+                    result = Died(f"no process could be given the job ({_first_line(e)})")
+                done.put((i, result))
 
         try:
             for worker in workers:
@@ -86,9 +91,10 @@ class _Worker:
         if self.process is None:
             context = get_context("spawn")  # a forked child cannot use CUDA
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.gpu, self.sharing))
-            self.process.start()
-            theirs.close()
+            process = context.Process(target=_serve, args=(theirs, self.gpu, self.sharing), daemon=True)
+            with theirs:
+                process.start()
+            self.process = process  # from here on it can be killed
         try:
             self.pipe.send((function, job))
             result = self.pipe.recv()

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,34 @@ def test_a_fresh_process_follows_a_failure():
     assert second is None
     assert third != first
     assert len({*outcomes(Processes(1), ["fine", "fine"], pid_or_nothing)}) == 1
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_job_that_reaches_no_process_is_a_failure(n_jobs):
+    unpicklable = lambda job: job  # noqa: E731
+    for outcome in outcomes(Processes(n_jobs), ["first", "second"], unpicklable):
+        assert isinstance(outcome, Died) and "no process could be given the job (" in outcome.reason
+
+
+def test_a_process_that_does_not_start_is_a_failure_of_its_job(monkeypatch):
+    def start(self):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    assert outcomes(Processes(1), ["a", "b"]) == 2 * [Died("no process could be given the job (no more processes)")]
+
+
+def test_a_worker_whose_process_has_not_started_can_be_killed(monkeypatch):
+    """As Ctrl-C does from another thread."""
+    worker = launchers._Worker(None, sharing=1)
+
+    def start(self):
+        worker.kill()
+        BaseProcess.start(self)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    assert worker.call(obey, "fine") == "fine done"
+    worker.stop()
 
 
 def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
