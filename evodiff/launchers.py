@@ -167,7 +167,13 @@ class Submitit:
     def launch(self, function: Function, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Submit all jobs, then wait for them. See Processes.launch."""
         submitit = _library("submitit")
-        executor = submitit.AutoExecutor(folder=str(RESULTS / "submitit"), cluster=self.cluster)
+        try:
+            executor = submitit.AutoExecutor(folder=str(RESULTS / "submitit"), cluster=self.cluster)
+        except (RuntimeError, ValueError) as e:  # no sbatch on this machine, or a cluster of no such kind
+            raise ConfigError(
+                f"hydra.launcher.cluster={self.cluster} is not available here ({_first_line(e)}). On a machine without "
+                f"Slurm use hydra/launcher=joblib, ray or submitit_local."
+            ) from e
         generic = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
         given = {key: value for key, value in asdict(self).items() if key != "cluster" and value}
         executor.update_parameters(

@@ -158,6 +158,15 @@ def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
             list(launcher.launch(obey, ["fine"]))
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "slrum"])
+def test_without_slurm_another_launcher_is_named(cluster, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without srun
+    with pytest.raises(ConfigError, match=f"cluster={cluster} is not available here .*hydra/launcher=joblib"):
+        list(Submitit(cluster=cluster).launch(obey, ["fine"]))
+
+
 def test_hydra_knows_the_launchers_by_their_usual_names():
     chosen = compose_hydra("run", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]).launcher
     assert dict(chosen) == {"_target_": "evodiff.launchers.Processes", "n_jobs": 3}
