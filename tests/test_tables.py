@@ -188,6 +188,14 @@ def test_a_row_that_cannot_be_read_is_refused(rows, message):
         table_with(rows)
 
 
+@pytest.mark.parametrize("key", ["title", "base", "rows", "nfe"])
+def test_a_table_without_a_key_it_needs_is_refused(key):
+    cfg = compose("table", ["table=smoke"])
+    del cfg.table[key]
+    with pytest.raises(ConfigError, match=f"table smoke lacks {key}: "):
+        Table.from_config(cfg)
+
+
 def test_impossible_limits_and_metrics_are_refused():
     with pytest.raises(ConfigError, match="limit=0 is impossible"):
         table_with({}, "limit=0")
