@@ -62,7 +62,10 @@ class SampleStore:
     def shards(self) -> list[Shard]:
         """What the manifest lists, by seed. Raises StoreError if it is another run's or cannot be read."""
         content = self._read()
-        return sorted((Shard(**s) for s in content.get("shards", [])), key=lambda s: s.first)
+        try:
+            return sorted((Shard(**s) for s in content.get("shards", [])), key=lambda s: s.first)
+        except TypeError as e:
+            raise StoreError(f"{self.manifest} cannot be read ({e}). Remove {self.folder} to sample anew.") from e
 
     @property
     def weights(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -123,6 +124,16 @@ def test_shards_without_a_manifest_are_refused(tmp_path):
 def test_a_broken_manifest_is_refused(tmp_path):
     fill(store_at(tmp_path))
     (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read"):
+        store_at(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"note": "mine"}, {"first": None}])
+def test_a_manifest_with_other_fields_is_refused(change, tmp_path):
+    fill(store_at(tmp_path))
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["shards"][0] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(StoreError, match="cannot be read"):
         store_at(tmp_path)
 
