@@ -193,6 +193,9 @@ def test_build_from_a_folder_and_score_it_as_zero(tmp_path, capsys):
         stats_main(["build", str(folder)])
     with pytest.raises(ConfigError, match="cifar10"):
         stats_main(["build", "cifar11", "--protocol", "mnist"])
+    with pytest.raises(ConfigError, match="device=nonsense is not available here"):
+        stats_main(["build", "mnist", "--device", "nonsense"])
+    assert stats_main(["build", str(folder), "--protocol", "mnist", "--out", str(out), "--device", "auto"]) == 0
 
 
 def test_crops_of_faces_are_told_apart_by_name():

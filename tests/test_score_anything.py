@@ -189,6 +189,7 @@ def test_a_changed_shard_and_a_broken_zip_are_refused(digits, tmp_path):
         (["path=x", "protocol=mnits"], "mnist"),
         (["path=x", "protocol=mnist", "batch=0"], "at least 1"),
         (["path=x", "protocol=mnist", "device=cuda:77"], "device=cuda:77"),
+        (["path=x", "protocol=mnist", "device=nonsense"], "device=nonsense is not available here"),
         (["path=.", "protocol=mnist", "metrics=fod"], "fod"),
         (["path=x", "protocol=mnist", "weights=nowhere"], "nowhere"),
         (["path=x", "protocol=mnist", "protocol.n=one"], "n="),

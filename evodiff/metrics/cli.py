@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.metrics.build import build_reference
@@ -77,11 +78,7 @@ def _options(argv: list[str]) -> dict[str, str]:
         raise ConfigError("give both path=DIR|ZIP|NPZ and protocol=NAME")
     if not options["batch"].isdecimal() or int(options["batch"]) < 1:
         raise ConfigError(f"batch={options['batch']}: expected a number of images, at least 1")
-    try:
-        torch.empty(1, device=options["device"])
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device={options['device']} is not there: {str(e).splitlines()[0]}") from e
-    return options
+    return {**options, "device": device_for(options["device"])}
 
 
 def _protocol(options: dict[str, str]) -> Protocol:
@@ -148,7 +145,7 @@ def _build(args: argparse.Namespace) -> int:
     if name is None:
         raise ConfigError("say with --protocol whose extractor and resize the statistics are for")
     chosen = protocol(name)
-    extract = extractor(chosen.extractor, args.device, chosen.resize, chosen.scaling, args.weights)
+    extract = extractor(chosen.extractor, device_for(args.device), chosen.resize, chosen.scaling, args.weights)
     out = args.out
     if out is None:
         file = f"{chosen.metric}.npz" if args.dataset == "mnist" else f"{Path(args.dataset).stem}.npz"
