@@ -96,7 +96,9 @@ class Table:
         if unknown := sorted(content.keys() - known):
             raise ConfigError(f"table {content['name']}: {', '.join(unknown)} is no key; possible: {', '.join(known)}")
         if missing := [key for key in ("title", "base", "rows", "nfe") if content.get(key) is None]:
-            raise ConfigError(f"table {content['name']} lacks {', '.join(missing)}: give it in its file in configs/table")
+            raise ConfigError(
+                f"table {content['name']} lacks {', '.join(missing)}: give it in its file in configs/table"
+            )
         for key in ("limit", "repeats"):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
                 raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
