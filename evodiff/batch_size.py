@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from evodiff.device import finished
 from evodiff.errors import SamplingError
 
 SMALLEST = 8
@@ -25,7 +26,9 @@ def automatic(call: Callable[[int], object], most: int, device: str, clock: Call
             started = clock()
             call(size)
             found = size / max(clock() - started, 1e-9)
-        except torch.OutOfMemoryError as e:
+        except RuntimeError as e:
+            if not (isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e)):  # MPS's has no class
+                raise
             if not best:
                 raise SamplingError(
                     f"batch=auto: not even {size} images at a time fit on {device}. Set batch=1, or another device."
@@ -43,8 +46,7 @@ def synchronised_clock(device: str) -> Callable[[], float]:
     """Seconds, after everything asked of the device is done."""
 
     def now() -> float:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
+        finished(device)
         return time.perf_counter()
 
     return now

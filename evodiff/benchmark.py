@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from evodiff.device import finished
 from evodiff.files import whole_file
 
 
@@ -31,12 +32,6 @@ def machine(device: str) -> dict[str, Any]:
 def on(where: Mapping[str, Any]) -> str:
     """The machine as a line of text."""
     return f"{where['device']}, {where['threads']} threads, load {where['load']}, torch {where['torch']}."
-
-
-def finished(device: str) -> None:
-    """Wait until the device is."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def seconds(device: str, call: Callable[..., object], /, *args: Any, **kwargs: Any) -> float:

@@ -1,8 +1,10 @@
 """The device that computes: by its name, and as records call it."""
 
 import platform
+from itertools import chain
 
 import torch
+from torch import nn
 
 from evodiff.errors import ConfigError
 
@@ -19,6 +21,28 @@ def device_for(name: str | torch.device) -> str:
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ConfigError(f"device={name} is not available here ({str(e).splitlines()[0]}). Use device=auto.") from e
     return str(name)
+
+
+def widest_float(device: str | torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def moved(network: nn.Module, device: str | torch.device) -> nn.Module:
+    """A network, on a device. Its float64 numbers become what the device has."""
+    for tensor in chain(network.parameters(), network.buffers()):
+        if tensor.dtype == torch.float64:
+            tensor.data = tensor.data.to(widest_float(device))
+    return network.to(device)
+
+
+def finished(device: str) -> None:
+    """Wait until the device is."""
+    match torch.device(device).type:
+        case "cuda":
+            torch.cuda.synchronize(device)
+        case "mps":
+            torch.mps.synchronize()
 
 
 def device_name(device: str) -> str:

@@ -25,7 +25,8 @@ from bench_network import NFE, batches, formats, memory_kept, threads, throughpu
 from torch import Tensor
 
 import evodiff.run
-from evodiff.benchmark import Findings, finished, forget_peak, machine, memory, on, seconds, spread
+from evodiff.benchmark import Findings, forget_peak, machine, memory, on, seconds, spread
+from evodiff.device import finished
 from evodiff.experiment import sample_run, score_run
 from evodiff.files import whole_file
 from evodiff.guidance import Classifier

@@ -12,8 +12,9 @@ from bench_models import edm_cifar10, tiny
 from torch import Tensor
 
 from evodiff.batch_size import automatic, synchronised_clock
-from evodiff.benchmark import finished, seconds, spread
+from evodiff.benchmark import seconds, spread
 from evodiff.cpu import SETTINGS, keep_freed_memory
+from evodiff.device import finished
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments

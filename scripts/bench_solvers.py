@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evodiff.benchmark import Findings, finished, machine, on
+from evodiff.benchmark import Findings, machine, on
 from evodiff.config import build, choices, compose
+from evodiff.device import finished
 from evodiff.errors import BudgetError
 from evodiff.grid import LogSNR, TimeGrid, grid_for
 from evodiff.noise import SeededNoise

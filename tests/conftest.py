@@ -6,6 +6,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: the 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
+import torch
 
 import evodiff.experiment
 import evodiff.report
@@ -21,6 +22,33 @@ def results(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))  # for the processes that the command starts
     return tmp_path
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    """The name of a device that has no float64, as MPS; what is moved there stays, so that any machine has one."""
+    tensor_to, module_to = torch.Tensor.to, torch.nn.Module.to
+
+    def is_it(where):
+        return isinstance(where, str | torch.device) and torch.device(where).type == "mps"
+
+    def move_tensor(tensor, *where):
+        rest = [each for each in where if not is_it(each)]
+        moved = tensor_to(tensor, *rest) if rest else tensor
+        if len(rest) < len(where) and moved.dtype == torch.float64:
+            raise TypeError("MPS has no float64")
+        return moved
+
+    def move_module(module, where):
+        if not is_it(where):
+            return module_to(module, where)
+        for tensor in module.state_dict().values():
+            move_tensor(tensor, where)
+        return module
+
+    monkeypatch.setattr(torch.Tensor, "to", move_tensor)
+    monkeypatch.setattr(torch.nn.Module, "to", move_module)
+    return "mps"
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import torch
 
 from evodiff.config import build, compose
 from evodiff.data import mnist_digits
-from evodiff.models.analytic import GaussianMixture
+from evodiff.models.analytic import GaussianMixture, mixture
+from evodiff.models.mnist import mixture_digits
 from evodiff.schedule import EDM, LinearVP
 
 
@@ -44,3 +45,17 @@ def test_in_float32_too_an_image_between_two_digits_is_told_from_others():
     model = build(compose("run", ["model=mixture_digits"]).model).denoiser(None)
     between, node = (model.means[1:] + model.means[:-1]).unsqueeze(1) / 2, EDM().node(0.1)
     torch.testing.assert_close(model(between.float(), node).double(), model(between, node), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("make", [mixture, mixture_digits])
+def test_oracles_are_on_their_device_whole(make):
+    """Or their numbers are copied there at every call."""
+    oracle = make(device="meta").denoiser(None)
+    assert {a.device.type for a in (oracle.means, oracle.stds, oracle.weights)} == {"meta"}
+
+
+@pytest.mark.parametrize("make", [mixture, mixture_digits])
+def test_oracles_go_to_devices_without_float64(make, mps):
+    oracle, exact = (make(device=device).denoiser(None) for device in (mps, "cpu"))
+    assert {a.dtype for a in (oracle.means, oracle.stds, oracle.weights)} == {torch.float32}
+    assert torch.equal(oracle.means, exact.means.float())

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from evodiff.batch_size import automatic
+from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.errors import SamplingError
 
 
 class Device:
     """A call of n images takes `fixed` + n * `each` seconds, and there is room for `room` images."""
 
-    def __init__(self, fixed=0.0, each=1.0, room=10**9):
-        self.fixed, self.each, self.room = fixed, each, room
+    def __init__(self, fixed=0.0, each=1.0, room=10**9, full=None):
+        self.fixed, self.each, self.room, self.full = fixed, each, room, full or torch.OutOfMemoryError("full")
         self.now, self.calls = 0.0, []
 
     def call(self, n):
         self.calls.append(n)
         if n > self.room:
-            raise torch.OutOfMemoryError("full")
+            raise self.full
         self.now += self.fixed + n * self.each
 
     def clock(self):
@@ -45,6 +45,21 @@ def test_it_stops_where_memory_ends():
     assert Device(fixed=1000, each=1, room=100).size() == 64
     with pytest.raises(SamplingError, match="not even 8 images at a time fit on cpu"):
         Device(room=5).size()
+
+
+def test_mps_tells_the_end_of_its_memory_in_words():
+    full = RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB). Tried to allocate")
+    assert Device(fixed=1000, each=1, room=100, full=full).size() == 64
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        Device(room=5, full=RuntimeError("mat1 and mat2 shapes cannot be multiplied")).size()
+
+
+@pytest.mark.parametrize(("device", "backend"), [("mps", torch.mps), ("cuda:1", torch.cuda)])
+def test_the_clock_waits_for_the_device(device, backend, monkeypatch):
+    waited = []
+    monkeypatch.setattr(backend, "synchronize", lambda *device: waited.append(device))
+    synchronised_clock(device)()
+    assert waited == [() if device == "mps" else (device,)]
 
 
 def test_auto_makes_the_same_images(evodiff_command, results):

@@ -17,6 +17,7 @@ from evodiff.checkpoints.description import Description, described_in, fingerpri
 from evodiff.checkpoints.pickles import read_edm, read_torch
 from evodiff.cli import main
 from evodiff.errors import CheckpointError, ConfigError, StoreError
+from evodiff.models.loading import load_network
 from evodiff.models.networks import build
 
 FAKES = Path(__file__).parents[2] / "shared" / "reference" / "fake_checkpoints"
@@ -64,6 +65,17 @@ def test_score_sde_takes_the_nameless_averages(tmp_path, zipped):
     assert found.schedule == {"type": "EDM", "t_start": 50.0, "t_end": 0.01}
     raw = load(convert(path, tmp_path / "raw.safetensors", Description("score_sde", SCORE_SDE), ema=False))
     assert equal(raw.tensors, model)
+
+
+def test_networks_go_to_devices_without_float64(tmp_path, mps):
+    """The noise levels of score_sde's files are in float64; there they become float32, and elsewhere they stay."""
+    path, _ = score_sde_file(tmp_path / "checkpoint_8.pth", True)
+    file = str(convert(path, description=Description("score_sde", SCORE_SDE)))
+    net, _ = load_network(file, "score_sde", mps)
+    assert net.sigmas.dtype == torch.float32
+    exact, _ = load_network(file, "score_sde", "cpu")
+    assert exact.sigmas.dtype == torch.float64
+    assert torch.equal(net.sigmas, exact.sigmas.float())
 
 
 def test_score_sde_averages_of_another_network_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evodiff.device import widest_float
 from evodiff.errors import ConfigError
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import EDM, Node, NoiseSchedule
@@ -47,8 +48,9 @@ def mixture(
     if components < 1 or std <= 0:
         raise ConfigError(f"mixture: components={components} must be at least 1 and std={std} above 0")
     random = torch.Generator().manual_seed(seed)
-    means = (2 * torch.rand(components, *shape, generator=random, dtype=torch.float64) - 1).to(device)
-    stds = torch.full((components,), std, dtype=torch.float64)
+    means = 2 * torch.rand(components, *shape, generator=random, dtype=torch.float64) - 1
+    means = means.to(device, widest_float(device))
+    stds = torch.full((components,), std, dtype=means.dtype).to(device)
     denoiser = GaussianMixture(means, stds, torch.full_like(stds, 1 / components), schedule)
     channels, height, width = shape
     return Pretrained(lambda labels: denoiser, shape=(channels, height, width), device=torch.device(device))

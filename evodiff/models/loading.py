@@ -8,6 +8,7 @@ import torch
 
 from evodiff import checkpoints
 from evodiff.checkpoints.checkpoint import Checkpoint
+from evodiff.device import moved
 from evodiff.errors import CheckpointError, ConfigError
 from evodiff.models.networks import build
 from evodiff.schedule import EDM, DiscreteVP, LinearVP, NoiseSchedule
@@ -37,7 +38,7 @@ def load_network(name_or_path: str, architecture: str, device: torch.device | st
             f"{checkpoint.path} does not fit its description: it {what} ({len(missing)} missing, {len(unexpected)} too "
             f"many). Convert the original file again."
         )
-    return net.eval().requires_grad_(False).to(device), checkpoint
+    return moved(net.eval().requires_grad_(False), device), checkpoint
 
 
 def schedule_of(description: Mapping[str, Any]) -> NoiseSchedule:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from evodiff.data import mnist_digits
 from evodiff.denoiser import Denoiser
+from evodiff.device import widest_float
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.analytic import GaussianMixture
@@ -48,6 +49,7 @@ def mixture_digits(
     if std <= 0:
         raise ConfigError(f"mixture_digits: std={std} must be above 0")
     rows = torch.arange(digits) * len(images) // digits
-    means: Tensor = images[rows].double().to(device) / 127.5 - 1
-    denoiser: Denoiser = GaussianMixture(means, torch.full((digits,), std), torch.full((digits,), 1 / digits), schedule)
+    means: Tensor = (images[rows].double() / 127.5 - 1).to(device, widest_float(device))
+    stds = torch.full((digits,), std).to(device)
+    denoiser: Denoiser = GaussianMixture(means, stds, torch.full_like(stds, 1 / digits), schedule)
     return Pretrained(lambda labels: denoiser, shape=(1, 32, 32), device=torch.device(device))

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evodiff.denoiser import Denoiser
-from evodiff.device import device_for
+from evodiff.device import device_for, moved
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import ContinuousTime, DiscreteTime, NetworkDenoiser, NoiseLevel, process
@@ -82,7 +82,7 @@ def wrap(
         _load(model, Path(weights))
         files[Path(weights).name] = sha256(Path(weights))
     if isinstance(model, nn.Module):
-        model = model.eval().requires_grad_(False).to(device)
+        model = moved(model.eval().requires_grad_(False), device)
     seen = process(schedule, label or _label_of(schedule), sample_on, (black, white))
 
     def denoiser(y: Tensor | None) -> Denoiser:
