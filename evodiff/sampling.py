@@ -80,8 +80,8 @@ def generate(
 
     `noise` is by default that of the seeds.
 
-    Raises SamplingError if the network was called another number of times than the solver declares, or if the result
-    is not finite, and ConfigError for a `dtype` that the device lacks.
+    Raises SamplingError if the network was called another number of times than the solver declares, or if the result,
+    before or after `decode`, is not finite, and ConfigError for a `dtype` that the device lacks.
     """
     if dtype == torch.float64 and torch.device(device).type == "mps":
         raise ConfigError(f"device={device} has no float64, and the state is in float64. Set dtype=float32.")
@@ -92,12 +92,19 @@ def generate(
     declared = solver.evaluations(len(grid)) + denoise_final
     if counting.nfe != declared and not solver.adaptive:
         raise SamplingError(f"{solver} declares {declared} evaluations on {len(grid)} steps but made {counting.nfe}")
+    _check_finite(x, seeds, "the network returned NaN or inf, or the solver diverged", "solver")
+    images = x
+    if decode:
+        images = decode(x)
+        _check_finite(images, seeds, "their latents are, but the decoder returned NaN or inf", "decoder")
+    return Generated(tuple(seeds), x, to_uint8(images, rounding), counting.nfe)
+
+
+def _check_finite(x: Tensor, seeds: Sequence[int], why: str, other: str) -> None:
     bad = [seed for seed, ok in zip(seeds, x.flatten(1).isfinite().all(1).tolist(), strict=True) if not ok]
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise SamplingError(
-            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): the network returned NaN or inf, or "
-            f"the solver diverged. Nothing of this batch was kept; check the checkpoint, or try another precision or "
-            f"solver."
+            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): {why}. Nothing of this batch was kept; check "
+            f"the checkpoint, or try another precision or {other}."
         )
-    return Generated(tuple(seeds), x, to_uint8(decode(x) if decode else x, rounding), counting.nfe)

@@ -122,6 +122,22 @@ def test_a_model_that_returns_nan_is_named_by_seed():
         generate(Broken(), DDIM(), grid, [10, 11, 12], (1, 4, 4))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_decoder_that_returns_nan_is_named_by_seed(value):
+    """It would become an image: black, or white."""
+    denoiser, grid = tiny()
+
+    def decode(z):
+        images = z.repeat(1, 3, 2, 2)
+        images[2, 1, 0, 0] = value
+        return images
+
+    with pytest.raises(
+        SamplingError, match=r"1 of 3 images are not finite \(seeds 12\): .*decoder returned NaN or inf"
+    ):
+        generate(denoiser, DDIM(), grid, [10, 11, 12], (1, 4, 4), decode=decode)
+
+
 def test_a_solver_that_spends_other_than_it_declares_is_caught():
     @dataclasses.dataclass(frozen=True)
     class Wasteful(DDIM):
