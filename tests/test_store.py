@@ -47,6 +47,19 @@ def test_missing_then_written_then_read_in_order(tmp_path):
     assert images[:, 0, 0, 0].tolist() == list(range(10))
 
 
+def test_a_shard_holds_what_was_given_and_the_seeds(tmp_path, monkeypatch):
+    savez = np.savez
+
+    def of_numpy_2_0(file, **arrays):  # which has no options beside them
+        assert "allow_pickle" not in arrays
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", of_numpy_2_0)
+    write(store_at(tmp_path), range(0, 4))
+    with np.load(tmp_path / "shard-000000.npz") as shard:
+        assert set(shard) == {"seeds", "images", "x"}
+
+
 def test_an_incomplete_run_cannot_be_read(tmp_path):
     store = store_at(tmp_path)
     write(store, range(4, 8))
