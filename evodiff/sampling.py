@@ -105,6 +105,6 @@ def _check_finite(x: Tensor, seeds: Sequence[int], why: str, other: str) -> None
     if bad:
         shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
         raise SamplingError(
-            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): {why}. Nothing of this batch was kept; check "
-            f"the checkpoint, or try another precision or {other}."
+            f"{len(bad)} of {len(seeds)} images are not finite (seeds {shown}): {why}. Nothing of this batch was kept; "
+            f"check the checkpoint, or try another precision or {other}."
         )
