@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evodiff.errors import ConfigError, MetricError
+from evodiff.errors import ConfigError
 from evodiff.metrics.protocol import Protocol, from_dict, protocol
 from evodiff.paths import CONFIGS, ROOT
 from evodiff.sampling import to_uint8
@@ -55,16 +55,10 @@ CHANGES = {
 }
 
 
-def test_every_field_changes_the_hash_and_is_named_when_compared():
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_hash(field):
     p = protocol("mnist")
-    for field, value in CHANGES.items():
-        other = replace(p, **{field: value})
-        assert other.hash != p.hash
-        with pytest.raises(MetricError, match=field):
-            p.comparable(other)
-        with pytest.raises(MetricError, match=field):
-            p.comparable(other.describe())
-    p.comparable(p.describe())
+    assert replace(p, **{field: CHANGES[field]}).hash != p.hash
 
 
 def test_equal_protocols_hash_equal_in_every_process():

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from evodiff.errors import ConfigError, MetricError
+from evodiff.errors import ConfigError
 from evodiff.paths import CONFIGS, check_checkout
 
 ROUNDINGS = ("round", "truncate")
@@ -21,7 +21,7 @@ class Protocol:
     """How images become numbers. Two scores are comparable when the hashes of their protocols are equal.
 
     metric            prefix of the Fréchet distance's name: `fid` is kept for the 2015 Inception
-    extractor         name in `evodiff.metrics.features.EXTRACTORS`
+    extractor         name in `evodiff.metrics.features.NETWORKS`
     extractor_sha256  of its weights file, or the leading 8 hex digits or more; None: not published, not checked
     resize, scaling   how images are brought to the extractor: `native` is its own way, otherwise see
                       evodiff.metrics.resize.KERNELS and evodiff.metrics.inception.SCALINGS
@@ -84,17 +84,6 @@ class Protocol:
     def is_proxy(self, key: str) -> bool:
         """Whether the metric of that name was taken on another number of images than the protocol asks for."""
         return not key.endswith(f"@{self.n}")
-
-    def comparable(self, other: "Protocol | dict[str, Any]") -> None:
-        """Raise MetricError naming the fields that differ, if any does."""
-        theirs = other.fields() if isinstance(other, Protocol) else {k: v for k, v in other.items() if k != "hash"}
-        ours = self.fields()
-        differing = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
-        if differing:
-            shown = "; ".join(f"{k}: {ours.get(k)} against {theirs.get(k)}" for k in differing)
-            raise MetricError(
-                f"scores under protocol {self.name} ({self.hash}) and {theirs.get('name')} cannot be compared: {shown}"
-            )
 
 
 def protocol(name: str, **changes: Any) -> Protocol:

@@ -21,12 +21,6 @@ def xavier_uniform_(weight: Tensor, fan_in: int, fan_out: int, gain: float = 1.0
         weight.uniform_(-bound, bound)
 
 
-def kaiming_normal_(weight: Tensor, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
-    """Fill with N(0, gain^2 / fan_in)."""
-    with torch.no_grad():
-        weight.normal_(0, gain * math.sqrt(1 / fan_in))
-
-
 def kaiming_uniform_(weight: Tensor, fan_in: int, fan_out: int, gain: float = 1.0) -> None:
     """Fill with U(-a, a), a = gain sqrt(3 / fan_in)."""
     bound = gain * math.sqrt(3 / fan_in)
