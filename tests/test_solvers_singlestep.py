@@ -91,7 +91,7 @@ def test_order_of_convergence(kind, order, inner):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
 
 
-@pytest.mark.parametrize("orders", [(4,), (2, 0)])
+@pytest.mark.parametrize("orders", [(4,), (2, 0), (3,)])
 def test_orders_that_do_not_exist_are_refused(orders):
-    with pytest.raises(ConfigError, match="possible: each of 1, 2, 3"):
-        DPMSolverPPSinglestep(orders=orders)
+    with pytest.raises(ConfigError, match="possible: each from 1 to order=2"):
+        DPMSolverPPSinglestep(order=2, orders=orders)

@@ -9,19 +9,18 @@ is 2 for all of them.
 """
 
 import math
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.grid import Spacing, Step
-from evodiff.schedule import Node, NoiseSchedule
+from evodiff.grid import Step
+from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past, Solver, State
 from evodiff.solvers.exponential import NOISE, Prediction, node_at, noise_prediction
-from evodiff.solvers.fields import check_known, check_number, refuse
+from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine, unit_weights, weighted
-from evodiff.solvers.singlestep import order_schedule
+from evodiff.solvers.singlestep import Singlestep
 
 
 def phi_1(m: int) -> float:
@@ -34,41 +33,20 @@ def check_m(solver: Solver) -> None:
 
 
 @dataclass(frozen=True)
-class SciRESinglestep(Solver):
-    """SciRE-V1-2 (algorithm 1) and SciRE-V1-3 (algorithm 2): `order` evaluations per step.
+class SciRESinglestep(Singlestep):
+    """SciRE-V1-2 (algorithm 1) and SciRE-V1-3 (algorithm 2): `order` evaluations per step, and lower orders to spend
+    the rest of a budget, as released."""
 
-    `orders` is set from the budget: steps of the full order, and lower ones to spend the rest, as released.
-    """
-
-    order: int = 2
     m: int = 3
-    orders: tuple[int, ...] | None = None
+    known = (2, 3)
 
     def __post_init__(self) -> None:
-        check_m(self)
-        check_known(self, "order", (2, 3))
         super().__post_init__()
-        if not all(1 <= order <= self.order for order in self.orders or ()):
-            refuse(self, "orders", f"each from 1 to order={self.order}")
+        check_m(self)
 
     @property
     def global_order(self) -> float:
         return 2 if self.m == 1 else 1
-
-    def for_budget(self, nfe: int) -> "SciRESinglestep":
-        return replace(self, orders=order_schedule(self.order, nfe))
-
-    def evaluations(self, steps: int) -> int:
-        return sum(self.order_of(i) for i in range(steps))
-
-    def order_of(self, i: int) -> int:
-        return self.orders[i] if self.orders and i < len(self.orders) else self.order
-
-    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
-        """A step of order k spans k intervals of the spacing, as released."""
-        ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))
-        fine = spacing.times(ends[-1], schedule, t_start, t_end)
-        return [fine[i] for i in ends]
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         order = self.order_of(step.i)

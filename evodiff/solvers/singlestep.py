@@ -8,6 +8,7 @@ lower order, so that every number of evaluations can be spent: order 3 spends 10
 import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,26 +22,50 @@ from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
-class DPMSolverPPSinglestep(Solver):
-    """DPM-Solver++ (arXiv 2211.01095).
+class Singlestep(Solver):
+    """A step of order k spends k evaluations and spans k intervals of the spacing, as in the released codes.
 
-    `orders`: the order of each step, by `for_budget`; without, and without `lower_order_final`, all are of `order`.
-    `inner`: how the evaluations inside a step are spaced; null is uniform in half-log-SNR. Set to the spacing of the
-    grid, the whole is the released code's: the steps then start at every k-th of the budget's nodes.
+    `orders`: the order of each step, up to `order`, by `for_budget`; without, all are of `order`.
     """
 
     order: int = 2
     orders: tuple[int, ...] | None = None
-    inner: Spacing | None = None
-    lower_order_final: bool = True
+    known: ClassVar[tuple[int, ...]] = (1, 2, 3)
 
     def __post_init__(self) -> None:
-        check_known(self, "order", (1, 2, 3))
+        check_known(self, "order", self.known)
         super().__post_init__()
-        if not all(order in (1, 2, 3) for order in self.orders or ()):
-            refuse(self, "orders", "each of 1, 2, 3")
+        if not all(1 <= order <= self.order for order in self.orders or ()):
+            refuse(self, "orders", f"each from 1 to order={self.order}")
         if self.orders is not None:
             object.__setattr__(self, "orders", tuple(self.orders))
+
+    def for_budget(self, nfe: int) -> Solver:
+        return replace(self, orders=order_schedule(self.order, nfe))
+
+    def evaluations(self, steps: int) -> int:
+        return sum(self.order_of(i) for i in range(steps))
+
+    def order_of(self, i: int) -> int:
+        return self.orders[i] if self.orders and i < len(self.orders) else self.order
+
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))
+        fine = spacing.times(ends[-1], schedule, t_start, t_end)
+        return [fine[i] for i in ends]
+
+
+@dataclass(frozen=True)
+class DPMSolverPPSinglestep(Singlestep):
+    """DPM-Solver++ (arXiv 2211.01095).
+
+    Without `lower_order_final` all steps are of `order`, whatever the budget.
+    `inner`: how the evaluations inside a step are spaced; null is uniform in half-log-SNR, and the steps are spaced as
+    asked. Set to the spacing of the grid, the whole is the released code's.
+    """
+
+    inner: Spacing | None = None
+    lower_order_final: bool = True
 
     @property
     def target(self) -> Prediction:
@@ -51,20 +76,12 @@ class DPMSolverPPSinglestep(Solver):
         return self.order
 
     def for_budget(self, nfe: int) -> Solver:
-        return replace(self, orders=order_schedule(self.order, nfe)) if self.lower_order_final else self
-
-    def evaluations(self, steps: int) -> int:
-        return sum(self.order_of(i) for i in range(steps))
-
-    def order_of(self, i: int) -> int:
-        return self.orders[i] if self.orders and i < len(self.orders) else self.order
+        return super().for_budget(nfe) if self.lower_order_final else self
 
     def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         if self.inner is None:
-            return super().times(spacing, steps, schedule, t_start, t_end)
-        ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))
-        fine = spacing.times(ends[-1], schedule, t_start, t_end)
-        return [fine[i] for i in ends]
+            return spacing.times(steps, schedule, t_start, t_end)
+        return super().times(spacing, steps, schedule, t_start, t_end)
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         target, s, t = self.target, step.s, step.t
