@@ -119,8 +119,9 @@ class SampleStore:
         path = self.folder / shard_name(seeds.start)
         for left in self.folder.glob(f".{path.stem}.*"):  # by a process that was killed: these seeds are ours now
             left.unlink(missing_ok=True)
+        named: dict[str, Any] = {"seeds": np.asarray(seeds), **arrays}
         with whole_file(path) as temporary, temporary.open("wb") as f:
-            np.savez(f, seeds=np.asarray(seeds), **arrays)
+            np.savez(f, **named)
         entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
         with locked(self.folder, "manifest.lock"):
             content = self._read()

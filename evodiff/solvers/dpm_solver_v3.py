@@ -105,6 +105,7 @@ class DPMSolverV3(Multistep):
     @cached_property
     def weight_of_x(self) -> Callable[..., Tensor]:
         """`weight_of_x` of its statistics, kept likewise."""
+        assert self.statistics is not None
         return lru_cache(maxsize=256)(partial(weight_of_x, self.statistics))
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, past: State) -> tuple[Tensor, State]:
