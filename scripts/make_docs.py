@@ -17,7 +17,7 @@ from torch import Tensor
 from evodiff import published, text
 from evodiff.api import named_solver
 from evodiff.config import choices
-from evodiff.contrast import read_matched
+from evodiff.contrast import Matched, read_matched
 from evodiff.files import whole_file
 from evodiff.grid import LogSNR, grid_for
 from evodiff.paths import RESULTS, ROOT
@@ -84,8 +84,9 @@ MATCHED = """\
 ### With the contrast that suits each best
 
 A solver that adds contrast can win by that alone. Here the images of each cell are first multiplied by one gain, about
-mid-grey: the one that lowers the distance most on other seeds. Each cell has the distance of {images} images with that
-gain, the gain in brackets, and the distance without. Made by `python scripts/contrast_matched.py {table}`.
+mid-grey: the one of 0.9 to 1.3 that lowers the distance most on other seeds. Each cell has the distance of {images}
+images with that gain, the gain in brackets; where that is the least or the largest tried, the same for the best gain of
+any size; and last the distance without a gain. Made by `python scripts/contrast_matched.py {table}`.
 """
 
 
@@ -96,14 +97,19 @@ def matched(table: Table, shown: set[int]) -> list[str]:
     if not cells:
         return []
     columns = sorted(shown & {nfe for _, nfe in cells})
-    images = next(iter(cells.values())).n
+    images = next(iter(cells.values())).images
     lines = [MATCHED.format(table=table.config, images=images), "| | " + " | ".join(f"NFE {n}" for n in columns) + " |"]
     lines.append("|---" + "|---:" * len(columns) + "|")
     for row in table.rows:
         here = [cells.get((row, n)) for n in columns]
-        told = [f"{text.show(c.matched)} ({c.gain:g}), {text.show(c.plain)}" if c else "" for c in here]
-        lines.append(f"| {row} | " + " | ".join(told) + " |")
+        lines.append(f"| {row} | " + " | ".join(with_gains(cell) if cell else "" for cell in here) + " |")
     return [*lines, ""]
+
+
+def with_gains(cell: Matched) -> str:
+    gains = {cell.gain: cell.matched, cell.free_gain: cell.free}
+    told = [f"{text.show(distance)} ({gain:.3g})" for gain, distance in gains.items()]
+    return f"{' or '.join(told)}, {text.show(cell.plain)}"
 
 
 def leaders(table: Table, metric: str) -> str:
