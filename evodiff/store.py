@@ -99,9 +99,10 @@ class SampleStore:
 
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
-        """Hold a range against other processes; yields False if another one holds or has finished it."""
+        """Hold a range against other processes; yields False if another one holds it, or if it is no more what is
+        missing: finished, or in part by one that cuts the seeds in other places."""
         with locked(self.folder, f"{shard_name(seeds.start)}.lock", timeout=0) as held:
-            yield held and any(piece.start == seeds.start for piece in self.missing())
+            yield held and seeds in self.missing()
 
     def write(
         self,
@@ -115,7 +116,10 @@ class SampleStore:
     ) -> None:
         """Add one shard of consecutive seeds. Its arrays, with one row per seed and in their order: `images` uint8
         [N, C, H, W], `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`; `preview` holds the
-        images of the first seeds only."""
+        images of the first seeds only.
+
+        It takes the place of shards within it. Where another process, that cuts the seeds in other places, has written
+        some of them with others in the meantime, those stay, and this shard is dropped."""
         path = self.folder / shard_name(seeds.start)
         for left in self.folder.glob(f".{path.stem}.*"):  # by a process that was killed: these seeds are ours now
             left.unlink(missing_ok=True)
@@ -126,9 +130,14 @@ class SampleStore:
         with locked(self.folder, "manifest.lock"):
             content = self._read()
             self._check_files(content, weights, unnoted=weights)
-            # a process that cuts the seeds in other places may have written some of them in the meantime
-            others = [s for s in content.get("shards", []) if s["last"] < entry.first or s["first"] > entry.last]
-            content = {"run": self.run, "weights": dict(weights), "shards": [*others, asdict(entry)]}
+            listed = [Shard(**s) for s in content.get("shards", [])]
+            others = [s for s in listed if s.last < entry.first or s.first > entry.last]
+            within = [s for s in listed if s.first >= entry.first and s.last <= entry.last]
+            if any(self._usable(s) for s in listed if s not in others and s not in within):
+                path.unlink()
+                return
+            shards = [asdict(s) for s in (*others, entry)]
+            content = {"run": self.run, "weights": dict(weights), "shards": shards}
             with whole_file(self.manifest) as temporary, temporary.open("w") as f:
                 f.write(json.dumps(content, indent=1) + "\n")
                 f.flush()

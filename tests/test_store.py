@@ -74,14 +74,51 @@ def test_shards_of_another_size_count_and_leave_the_rest_missing(tmp_path):
     assert store_at(tmp_path, shard=100).missing() == [range(0, 4), range(8, 10)]
 
 
-def test_a_shard_takes_the_place_of_those_it_overlaps(tmp_path):
+def spans(store):
+    return [(s.first, s.last) for s in store.shards]
+
+
+def test_a_shard_takes_the_place_of_those_within_it(tmp_path):
     store = store_at(tmp_path)
     fill(store)
-    write(store, range(2, 6))
-    assert [(s.first, s.last) for s in store.shards] == [(2, 5), (8, 9)]
-    fill(store)
+    write(store, range(0, 8))
+    assert spans(store) == [(0, 7), (8, 9)]
     (seeds,) = zip(*store.batches("seeds"), strict=True)
     assert np.concatenate(seeds).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("later", [range(2, 4), range(2, 6)])
+def test_a_shard_takes_the_place_of_none_that_has_seeds_it_lacks(tmp_path, later):
+    """Two processes that cut the seeds in different places, and finish one after the other."""
+    mine, theirs = store_at(tmp_path), store_at(tmp_path, shard=2)
+    with mine.claim(range(0, 4)) as a, theirs.claim(range(2, 4)) as b:
+        assert a and b
+        write(mine, range(0, 4))
+        write(theirs, later)
+    assert spans(mine) == [(0, 3)]
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-000000.npz"]
+    fill(theirs)
+    (seeds,) = zip(*mine.batches("seeds"), strict=True)
+    assert np.concatenate(seeds).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "lacking"])
+def test_a_shard_takes_the_place_of_one_that_cannot_be_used(tmp_path, trouble):
+    write(store_at(tmp_path), range(0, 4))
+    if trouble == "damaged":
+        (tmp_path / "shard-000000.npz").write_bytes(b"")
+    store = SampleStore(tmp_path, RUN, range(10), 2, needs=["features"] if trouble == "lacking" else [])
+    write(store, range(2, 4))
+    assert spans(store) == [(2, 3)]
+
+
+def test_a_range_that_another_cut_has_begun_is_not_handed_out_whole(tmp_path):
+    mine = store_at(tmp_path)
+    write(store_at(tmp_path, shard=2), range(2, 4))
+    with mine.claim(range(0, 4)) as whole:
+        assert not whole
+    with mine.claim(range(0, 2)) as rest:
+        assert rest
 
 
 def test_what_a_shard_does_not_hold_is_named(tmp_path):
