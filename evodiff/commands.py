@@ -41,7 +41,10 @@ def score_main(argv: list[str]) -> int:
 
 
 def sample_and_score(job: Job) -> str:
-    """Make and measure a run. The ranks of torchrun share its images, and rank 0 measures them."""
+    """Make and measure a run. The ranks of torchrun share its images, and rank 0 measures them.
+
+    Raises EvodiffError if a process that is no rank still makes some of them.
+    """
     if rank() > 0:
         sample_run(job)
         if job.reference_run:
@@ -51,7 +54,10 @@ def sample_and_score(job: Job) -> str:
     if processes() > 1:
         finish(job)
     elif not sample_run(job):
-        return busy_line(job)
+        raise EvodiffError(
+            f"{busy_line(job)}, so it is not scored here. If that one does not score it either, run the same command "
+            f"again when it is done."
+        )
     return score(job)
 
 
@@ -70,7 +76,7 @@ def score(job: Job) -> str:
 
 
 def busy_line(job: Job) -> str:
-    return f"{job.run.key()}: another process still works on this run; it scores what it finishes"
+    return f"{job.run.key()}: another process still works on this run"
 
 
 def record_line(job: Job) -> str | None:

@@ -113,18 +113,23 @@ def _make_shards(
     write_yaml(run.folder / "run.yaml", run.as_dict())
     if job.batch == "auto":
         job = replace(job, batch=batch_for(job, run, model, grid))
+    before: list[range] = []
     missing = store.missing()
-    with progress(run.key(), sum(map(len, missing))) as advance, OneBehind() as behind:
-        for seeds in missing:
-            with ExitStack() as claim:
-                if claim.enter_context(store.claim(seeds)):
-                    started, batches = time.monotonic(), []
-                    with products(run.precision):
-                        for batch in sample_batches(job, run, model, solver, grid, seeds):
-                            batches.append(batch)
-                            advance(len(batch.seeds))
-                    shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
-                    behind(write_shard, run.folder, store, files, shard, claim.pop_all())
+    with progress(run.key(), sum(map(len, missing))) as advance:
+        while missing != before:  # others may have cut the seeds in other places, and ended
+            with OneBehind() as behind:
+                for seeds in missing:
+                    with ExitStack() as claim:
+                        if not claim.enter_context(store.claim(seeds)):
+                            continue
+                        started, batches = time.monotonic(), []
+                        with products(run.precision):
+                            for batch in sample_batches(job, run, model, solver, grid, seeds):
+                                batches.append(batch)
+                                advance(len(batch.seeds))
+                        shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
+                        behind(write_shard, run.folder, store, files, shard, claim.pop_all())
+            before, missing = missing, store.missing()
 
 
 def files_read(run: Run) -> dict[str, str]:

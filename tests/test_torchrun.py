@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 from evodiff import commands, distributed
+from evodiff.experiment import sample_run
 from evodiff.paths import ROOT
 from evodiff.run import Job, store_of
+from evodiff.store import SampleStore
 
 MIXTURE = [
     "model=mixture",
@@ -126,12 +129,32 @@ def test_rank_0_takes_over_what_a_dead_process_had(results, monkeypatch, capsys)
 def test_a_second_process_by_accident_harms_nothing(evodiff_command, results):
     store = store_of(Job.compose(ALONE))
     with store.claim(range(4, 8)):
-        code, out = in_a_thread(lambda: evodiff_command("run", *ALONE)[:2])
+        code, out, err = in_a_thread(lambda: evodiff_command("run", *ALONE))
+        assert (code, out) == (1, "")
+        assert "another process still works on this run, so it is not scored here. If that one does not" in err
+        code, out, err = in_a_thread(lambda: evodiff_command("sample", *ALONE))
         assert code == 0
-        assert "another process still works on this run; it scores what it finishes" in out
+        assert out.endswith("another process still works on this run\n")
     assert not list(results.rglob("score.json"))
     assert evodiff_command("run", *ALONE)[0] == 0
     assert seeds_of(results) == list(range(32))
+
+
+def test_what_another_process_cut_elsewhere_is_finished(results, monkeypatch):
+    """One that ended after a part of a range that this process had yet to come to."""
+    job = Job.compose(["model=mixture", "protocol=none", "reference_run=null", "solver=ddim", "nfe=5", "seeds=0-15",
+                       "shard=8", "batch=8", "device=cpu"])  # fmt: skip
+    claim, part = SampleStore.claim, iter([range(8, 12)])
+
+    def claim_late(self, seeds):
+        for theirs in part:
+            images = np.zeros((len(theirs), 3, 8, 8), np.uint8)
+            store_of(job).write(theirs, {"images": images}, nfe=5, seconds=1.0, weights={})
+        return claim(self, seeds)
+
+    monkeypatch.setattr(SampleStore, "claim", claim_late)
+    assert sample_run(job)
+    assert [(s.first, s.last) for s in store_of(job).shards] == [(0, 7), (8, 11), (12, 15)]
 
 
 def in_a_thread(function):
