@@ -138,7 +138,7 @@ def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
 def table_main(argv: list[str]) -> int:
     from evodiff.report import Table
 
-    table = Table.from_config(table_config("table", argv))
+    table = Table.of_file(*table_arguments("table", argv))
     if processes() > 1:
         return share_table(table)
     if any(arg.startswith("hydra/launcher=") for arg in argv):
@@ -206,7 +206,7 @@ def wandb_main(argv: list[str]) -> int:
     if argv[:1] != ["push"] or len(argv) < 2:
         raise ConfigError("usage: evodiff wandb push TABLE [tracker.mode=online tracker.project=... key=value ...]")
     own = [] if any(arg.startswith("tracker=") for arg in argv) else ["tracker=wandb"]
-    table = Table.from_config(table_config("wandb push", [argv[1], *own, *argv[2:]]))
+    table = Table.of_file(*table_arguments("wandb push", [argv[1], *own, *argv[2:]]))
     if not table.records:
         raise EvodiffError(f"table {table.name} has no records yet. `evodiff table {table.config}` makes them.")
     if not table.publish(table.tracker):
@@ -218,18 +218,19 @@ def wandb_main(argv: list[str]) -> int:
 def report_main(argv: list[str]) -> int:
     from evodiff.report import Table
 
-    table = Table.from_config(table_config("report", argv))
+    table = Table.of_file(*table_arguments("report", argv))
     table.write()
     print(table.text())
     return 0
 
 
-def table_config(command: str, argv: list[str]) -> DictConfig:
+def table_arguments(command: str, argv: list[str]) -> tuple[str, list[str]]:
+    """The name and the overrides."""
     if not argv or argv[0].startswith("-") or "=" in argv[0]:
         from evodiff.config import choices
 
         raise ConfigError(f"usage: evodiff {command} NAME [key=value ...]. Tables: {', '.join(choices('table'))}.")
-    return compose("table", [f"table={argv[0]}", *argv[1:]])
+    return argv[0], argv[1:]
 
 
 def stats_main(argv: list[str]) -> int:

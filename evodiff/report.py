@@ -3,7 +3,7 @@
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from evodiff import inputs, pages, text, trajectory
 from evodiff.cells import Cell, Row, with_seeds
-from evodiff.config import build, parse_range
+from evodiff.config import build, compose, parse_range
 from evodiff.errors import ConfigError, EvodiffError, StoreError
 from evodiff.experiment import sample_run, score_run
 from evodiff.locks import locked
@@ -90,7 +91,23 @@ class Table:
     metric: str | None = None
 
     @classmethod
+    def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
+        """The table of configs/table/NAME.yaml. Raises ConfigError for a file that cannot be read, or is another's."""
+        path = f"configs/table/{name}.yaml"
+        try:
+            cfg = compose("table", [f"table={name}", *overrides])
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path} cannot be read: {' '.join(str(e).split())}. Mend it.") from e
+        if cfg.table.name != name:  # its results would take the place of the other's
+            raise ConfigError(
+                f"{path} says name: {cfg.table.name}, but a table has the name of its file: leave that line out, or "
+                f"write name: {name}."
+            )
+        return cls.from_config(cfg)
+
+    @classmethod
     def from_config(cls, cfg: DictConfig) -> "Table":
+        """Raises ConfigError for what is no table."""
         content: Any = OmegaConf.to_container(cfg.table)
         known = {"name", "title", "base", "rows", "nfe", "seeds", "at", "published", "metric"}
         if unknown := sorted(content.keys() - known):
@@ -102,6 +119,9 @@ class Table:
         for key in ("limit", "repeats"):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
                 raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
+        for fields in (content, *content["rows"].values()):
+            if isinstance(fields, dict) and isinstance(fields.get("nfe"), int):
+                fields["nfe"] = [fields["nfe"]]
         rows = {
             name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in content["rows"].items()
         }

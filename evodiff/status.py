@@ -11,7 +11,7 @@ from functools import partial
 
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
-from evodiff.config import choices, compose, nearest
+from evodiff.config import choices, nearest
 from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
 from evodiff.paths import ROOT
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def of_config(name: str, details: bool = False) -> list[str]:
     """What `evodiff status` says of the table of a configuration."""
-    return list(lines_of(Table.from_config(compose("table", [f"table={name}"])), details))
+    return list(lines_of(Table.of_file(name), details))
 
 
 def lines_of(table: Table, details: bool = False) -> Iterator[str]:
@@ -130,7 +130,7 @@ def show_main(argv: list[str]) -> int:
     wanted = nfe.split(",") if nfe is not None else None
     if name not in choices("table"):
         raise ConfigError(f"usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [limit=N]. Tables: {names()}.")
-    table = Table.from_config(compose("table", [f"table={name}", *(f"{k}={v}" for k, v in given.items())]))
+    table = Table.of_file(name, [f"{k}={v}" for k, v in given.items()])
     if row is None:
         for r in table.rows.values():
             print(f"evodiff show table={name} row={shlex.quote(r.name)} nfe={','.join(map(str, r.nfe))}")

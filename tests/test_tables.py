@@ -1,15 +1,18 @@
 """The tables of papers: every cell is a run that can be made, no run is in two cells, every number has its place."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+import evodiff.config
 from evodiff.checkpoints.registry import registry
 from evodiff.config import build, choices, compose
 from evodiff.errors import ConfigError
 from evodiff.models.loading import scaled_linear_betas, schedule_of
 from evodiff.models.pretrained import Pretrained
+from evodiff.paths import CONFIGS
 from evodiff.report import Table
 from evodiff.schedule import EDM, DiscreteVP
 
@@ -194,6 +197,55 @@ def test_a_table_without_a_key_it_needs_is_refused(key):
     del cfg.table[key]
     with pytest.raises(ConfigError, match=f"table smoke lacks {key}: "):
         Table.from_config(cfg)
+
+
+@pytest.fixture
+def table_file(tmp_path, monkeypatch):
+    """Writes a file beside those in configs/table; returns its name."""
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    monkeypatch.setattr(evodiff.config, "CONFIGS", configs)
+
+    def write(content):
+        path = configs / "table" / f"own{len(list(configs.glob('table/own*')))}.yaml"  # for compose keeps what it read
+        path.write_text(content)
+        return path.stem
+
+    yield write
+    evodiff.config._compose.cache_clear()
+
+
+OWN = "title: a\nbase: [model=mixture, protocol=none]\nrows: {DDIM: [solver=ddim]}\nnfe: 5\n"
+
+
+@pytest.mark.parametrize("limit", ["limit=null", "limit=4"])
+def test_a_copied_table_that_keeps_its_old_name_is_refused(table_file, limit):
+    name = table_file("name: smoke\n" + OWN)
+    with pytest.raises(ConfigError, match=rf"configs/table/{name}.yaml says name: smoke.* write name: {name}"):
+        Table.of_file(name, [limit])
+
+
+def test_a_table_needs_no_name_but_its_files_and_one_number_is_enough(table_file):
+    name = table_file(OWN)
+    table = Table.of_file(name)
+    assert (table.config, table.nfe) == (name, [5])
+    named = table_file(f"name: own1\n{OWN}")
+    assert Table.of_file(named, ["limit=4"]).name == "own1-4"
+    assert Table.of_file(table_file(OWN.replace("[solver=ddim]}", "{run: [solver=ddim], nfe: 6}}"))).nfe == [6]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"{name} lacks title, base, rows, nfe"),
+        ("title: a\nbase: [model=mixture\nnfe: [5]\n", r"configs/table/{name}.yaml cannot be read: .*line 3"),
+    ],
+)
+def test_a_table_file_that_cannot_be_read_is_one_line(table_file, content, message):
+    name = table_file(content)
+    with pytest.raises(ConfigError, match=message.format(name=name)) as refused:
+        Table.of_file(name)
+    assert "\n" not in str(refused.value)
 
 
 def test_impossible_limits_and_metrics_are_refused():
