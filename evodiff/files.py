@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evodiff.errors import StoreError
@@ -29,7 +29,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {e.strerror or e}. Nothing was changed; {full}run the same command again."
         ) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written there may be no folder to look in
+            temporary.unlink()
 
 
 def sha256(path: Path) -> str:

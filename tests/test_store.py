@@ -290,6 +290,12 @@ def test_only_a_full_disk_is_to_be_cleared(tmp_path, number, advice):
     assert ("make room" in str(refused.value)) == advice
 
 
+def test_a_file_in_the_place_of_the_folder_is_one_error(tmp_path):
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(StoreError, match="cannot write .*afile"), whole_file(tmp_path / "afile" / "runs" / "a"):
+        pass
+
+
 def test_two_writers_of_one_file_do_not_meet_on_the_way(tmp_path):
     """Also where both have one process number, on two machines."""
     path = tmp_path / "run.yaml"
