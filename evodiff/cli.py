@@ -1,6 +1,7 @@
 """The `evodiff` command: one line per subcommand, imported only when it is called."""
 
 import importlib
+import os
 import sys
 
 from evodiff.errors import EvodiffError
@@ -53,7 +54,20 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; an EvodiffError is one line on standard error and exit code 1."""
+    """Run a subcommand; an EvodiffError is one line on standard error and exit code 1.
+
+    When the reader of standard output has gone, as `head` does, it ends quietly with the exit code of a broken pipe.
+    """
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at the end
+        return 141
+
+
+def run(argv: list[str] | None) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())

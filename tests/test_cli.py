@@ -75,6 +75,26 @@ def test_an_unknown_command_names_the_nearest(evodiff_command):
     assert "Did you mean sample?" in err
 
 
+def test_results_in_a_file_are_one_line(tmp_path):
+    (tmp_path / "afile").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "evodiff.cli", "run", *MIXTURE, "solver=ddim", "nfe=5"],
+        capture_output=True, text=True, env=os.environ | {"EVODIFF_RESULTS": str(tmp_path / "afile")},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("evodiff: cannot write ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "models"])
+def test_a_reader_that_has_enough_ends_the_command_quietly(command):
+    """As `| head` does: its end of the pipe is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "evodiff.cli", command], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_run_is_sampled_scored_and_then_left_alone(evodiff_command, results):
     code, out, err = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
     assert code == 0
