@@ -56,6 +56,15 @@ def score_sde_file(path, zipped):
     return saved(path, content, zipped), model
 
 
+def test_others_may_read_what_is_written_as_far_as_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = convert(official_edm_pickle(tmp_path), tmp_path / "out.safetensors")
+    finally:
+        os.umask(before)
+    assert [oct(p.stat().st_mode & 0o777) for p in (path, path.with_suffix(".json"))] == ["0o640"] * 2
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_score_sde_takes_the_nameless_averages(tmp_path, zipped):
     path, model = score_sde_file(tmp_path / "checkpoint_8.pth", zipped)

@@ -130,8 +130,11 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Pat
             f"{beside} is not a file of `evodiff convert` and would be overwritten; choose another --out."
         )
     with whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that others cannot read
         try:
             save_file(tensors, temporary, metadata={"evodiff": json.dumps(about)})
+            temporary.chmod(mode)
         except SafetensorError as e:
             raise StoreError(f"cannot write {path}: {e}. Nothing was changed; make room and run it again.") from e
     with whole_file(beside) as temporary:
