@@ -147,7 +147,8 @@ def files_read(run: Run) -> dict[str, str]:
 
 
 def check_scorable(job: Job) -> None:
-    """Raise now what scoring would raise after hours of sampling: files that are not here, or a single image."""
+    """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, or images
+    that do not suit the protocol."""
     if job.protocol and job.scored and current_record(job) is None:
         if len(job.run.seed_range) < 2:
             seed = job.run.seeds[0]
@@ -155,7 +156,11 @@ def check_scorable(job: Job) -> None:
                 f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
                 f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
             )
-        Scorer(job.protocol, job.device, job.scored)
+        scorer = Scorer(job.protocol, job.device, job.scored)
+        if store_of(job).missing():
+            with loaded(job.run, job.device) as model:
+                if model.decode is None:
+                    scorer.extracted(torch.zeros(1, *model.shape, dtype=torch.uint8))
 
 
 def save_preview(run: Run, store: SampleStore) -> None:

@@ -85,6 +85,20 @@ def test_results_in_a_file_are_one_line(tmp_path):
     assert done.stderr.startswith("evodiff: cannot write ") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [("[3,32,32]", "this protocol scores grey images [B, 1, H, W]"), ("[1,16,16]", "the images are 16x16, but")],
+)
+def test_images_that_cannot_be_scored_are_not_sampled_to_be_scored(evodiff_command, results, shape, message):
+    given = ["model=mixture", f"model.shape={shape}", "protocol=mnist", "metrics=[fid]", "solver=ddim", "nfe=2",
+             "seeds=0-7"]  # fmt: skip
+    code, _, err = evodiff_command("run", *given)
+    assert (code, err.count("\n")) == (1, 1), err
+    assert err.startswith(f"evodiff: {message}")
+    assert files(results) == []
+    assert evodiff_command("sample", *given)[0] == 0, "they can be made for themselves"
+
+
 @pytest.mark.parametrize("command", ["--help", "models"])
 def test_a_reader_that_has_enough_ends_the_command_quietly(command):
     """As `| head` does: its end of the pipe is closed before anything is written."""

@@ -60,7 +60,7 @@ def test_the_extractor_is_given_as_many_images_at_once_while_sampling_as_while_s
     monkeypatch.setattr(Scorer, "extracted", lambda self, images: sizes.append(len(images)) or extracted(self, images))
     monkeypatch.setattr(experiment, "EXTRACTED_AT_ONCE", 4)
     assert run(*FEATURES)[0] == 0
-    assert sizes == [4, 3, 3] * 2 + [4], "batches of 7 in shards of 10, the last of 4"
+    assert sizes == [1, *[4, 3, 3] * 2, 4], "one to see, then batches of 7 in shards of 10, the last of 4"
 
 
 def test_a_state_that_is_not_kept_is_not_held(results):
