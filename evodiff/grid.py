@@ -84,6 +84,22 @@ class Spacing(Protocol):
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]: ...
 
 
+@dataclass(frozen=True)
+class Exact:
+    """`spacing`, held to n + 1 times for n steps: a run is named by the budget it asked for. Raises BudgetError."""
+
+    spacing: Spacing
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        times = self.spacing.times(n, schedule, t_start, t_end)
+        if len(times) != n + 1:
+            raise BudgetError(
+                f"the grid {type(self.spacing).__name__} gives {len(times)} times, but {n} steps need {n + 1}. "
+                f"Let its times(n, ...) give n + 1 of them, or set nfe to what {len(times) - 1} steps cost."
+            )
+        return times
+
+
 def check_above_0(value: float, name: str) -> None:
     if not isinstance(value, int | float) or not value > 0:
         raise ConfigError(f"grid: {name}={value} is impossible; possible: numbers above 0")
@@ -242,11 +258,11 @@ def grid_for(
     """The grid on which `solver` spends exactly `nfe` evaluations, a final denoising call included.
 
     An adaptive solver takes nfe=None and gets one step. Raises BudgetError, naming the nearest possible NFE, if no
-    number of steps costs exactly `nfe`.
+    number of steps costs exactly `nfe`, and if the spacing gives another number of times than it is asked for.
     """
     t_start, t_end = ends(schedule, t_start, t_end)
     steps = steps_for(nfe, solver, denoise_final)
-    return TimeGrid.at(solver.times(spacing, steps, schedule, t_start, t_end), schedule)
+    return TimeGrid.at(solver.times(Exact(spacing), steps, schedule, t_start, t_end), schedule)
 
 
 def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:

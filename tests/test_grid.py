@@ -10,6 +10,7 @@ from evodiff.grid import FromFile, Karras, LogSNR, TimeGrid, TimeUniform, grid_f
 from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.heun import Heun
+from evodiff.solvers.singlestep import DPMSolverPPSinglestep
 
 SPACINGS = [LogSNR(), Karras(), TimeUniform(), TimeUniform(2.0)]
 
@@ -79,6 +80,23 @@ def test_a_variance_preserving_schedule_ends_at_1_and_noise_levels_have_no_last(
 def test_an_empty_range_is_refused(t_start, t_end):
     with pytest.raises(ConfigError, match="must be above"):
         grid_for(5, DDIM(), LogSNR(), EDM(), t_start=t_start, t_end=t_end)
+
+
+class Fixed:
+    """A spacing that does not ask how many steps there are."""
+
+    def times(self, n, schedule, t_start, t_end):
+        return [80.0, 30.0, 10.0, 3.0, 1.0, 0.1, 0.002]
+
+
+def test_a_spacing_gives_as_many_times_as_the_budget_needs():
+    assert len(grid_for(6, DDIM(), Fixed(), EDM())) == 6
+    for nfe in (5, 10):
+        with pytest.raises(BudgetError, match=rf"Fixed gives 7 times, but {nfe} steps need {nfe + 1}"):
+            grid_for(nfe, DDIM(), Fixed(), EDM())
+    for fine in (None, LogSNR()):  # with `inner` the method asks for one step per evaluation
+        with pytest.raises(BudgetError, match=f"Fixed gives 7 times, but {9 if fine else 3} steps need"):
+            grid_for(9, DPMSolverPPSinglestep(order=3, inner=fine, lower_order_final=False), Fixed(), EDM())
 
 
 def test_times_must_fall():
