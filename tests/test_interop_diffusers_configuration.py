@@ -60,6 +60,20 @@ def test_configurations_that_cannot_be_right_are_refused(config, message):
         EVODiffScheduler.from_config({"beta_schedule": "linear", **config} if "_class" not in str(config) else config)
 
 
+COSINE = {"sigma_data": 1.0, "sigma_schedule": "exponential", "prediction_type": "v_prediction", "solver_order": 2}
+"""Keys of CosineDPMSolverMultistepScheduler, which needs torchsde."""
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", ["CMStochasticIterativeScheduler", "CosineDPMSolverMultistepScheduler"])
+def test_sigma_data_alone_is_not_edm(name, named):
+    """Consistency models and Stable Audio's scheduler have one, and tell their networks the time in other ways."""
+    config = dict(diffusers.CMStochasticIterativeScheduler().config) if name.startswith("CM") else COSINE
+    config = {**config, "_class_name": name} if named else config
+    with pytest.raises(ConfigError, match=f"noise schedule of {name if named else 'this'}.* is not known here"):
+        EVODiffScheduler.from_config(config)
+
+
 def test_defaults_of_another_scheduler_are_part_of_its_process():
     theirs = diffusers.LCMScheduler()
     assert theirs.config.beta_schedule == "scaled_linear"

@@ -203,17 +203,31 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config.get("_class_name", "this scheduler")
     if config.get("invert_sigmas"):
         raise ConfigError(f"{name} with invert_sigmas counts its times the other way round, which is not known here.")
+    unknown = f"the noise schedule of {name} is not known here; possible: VP (betas), flow matching, EDM."
     meant = {key: config[key] for key in OF_THE_PROCESS if key in config}
     if config.get("sigma_data") is not None:
+        if not edm_preconditions(config):
+            raise ConfigError(unknown)
         meant |= {"use_karras_sigmas": config.get("sigma_schedule", "karras") == "karras"}
         meant |= {"use_exponential_sigmas": config.get("sigma_schedule") == "exponential"}
     elif "shift" in config:  # only flow matching has it, and names itself nowhere else
         meant |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": config["shift"]}
         meant |= {"_class_name": config.get("_class_name", "FlowMatchEulerDiscreteScheduler")}  # whose keys these are
     elif "beta_schedule" not in config and {"_class_name", "_use_default_values"} & config.keys():
-        raise ConfigError(f"the noise schedule of {name} is not known here; possible: VP (betas), flow matching, EDM.")
+        raise ConfigError(unknown)
     defaults = [key for key in config.get("_use_default_values", ()) if key not in meant]
     return {**config, **meant, "_use_default_values": defaults}
+
+
+def edm_preconditions(config: Mapping[str, Any]) -> bool:
+    """Whether `sigma_data` is EDM's or ours; consistency models and Stable Audio's scheduler have one too."""
+    if "solver" in config:
+        return True
+    if "_class_name" in config:
+        return config["_class_name"].startswith("EDM")
+    # a scheduler that was not loaded from a file does not say its class
+    stable_audio = "solver_order" in config and "algorithm_type" not in config
+    return "prediction_type" in config and not stable_audio
 
 
 OF_THE_PROCESS = (
