@@ -132,6 +132,14 @@ def test_leading_and_trailing_are_those_of_diffusers(kind):
     assert torch.allclose(ours.timesteps, theirs.timesteps.float())
 
 
+@pytest.mark.parametrize(("flow", "last"), [(False, 999), (True, 1000)])
+def test_timesteps_that_were_not_trained_are_refused(flow, last):
+    scheduler = EVODiffScheduler(use_flow_sigmas=flow, prediction_type="flow_prediction" if flow else "epsilon")
+    scheduler.set_timesteps(timesteps=[last, 500, 2])
+    with pytest.raises(ConfigError, match=f"timestep 1500 is outside the trained ones, 0 to {last}"):
+        scheduler.set_timesteps(timesteps=[1500, 500, 1])
+
+
 def test_listed_timesteps_and_sigmas():
     x = noise()
     scheduler = EVODiffScheduler()

@@ -40,6 +40,7 @@ def choose_nodes(
     if sigmas is not None:
         times, to_zero = times_of_sigmas(process, [float(sigma) for sigma in sigmas], to_zero, shift)
     elif timesteps is not None:
+        check_trained(process, timesteps)
         times = with_end(process, [process.t_of_timestep(float(timestep)) for timestep in timesteps], to_zero)
     else:
         assert n is not None
@@ -77,6 +78,18 @@ def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift:
     if ends_at_0 or not flow:
         return times, ends_at_0
     return with_end(process, times, to_zero), to_zero
+
+
+def check_trained(process: Process, timesteps: Sequence[float]) -> None:
+    """Raise ConfigError for a timestep beyond the network's; those of EDM are logarithms and have no last."""
+    if not isinstance(process, VP | Straight):
+        return
+    last = process.num_timesteps - isinstance(process, VP)
+    for timestep in timesteps:
+        if not 0 <= timestep <= last:
+            raise ConfigError(
+                f"timestep {float(timestep):g} is outside the trained ones, 0 to {last}: give falling numbers in there."
+            )
 
 
 def with_end(process: Process, times: list[float], to_zero: bool) -> list[float]:
