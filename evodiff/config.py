@@ -4,6 +4,7 @@ import difflib
 import inspect
 import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -23,6 +24,9 @@ from evodiff.launchers import register_launchers
 from evodiff.paths import CONFIGS, check_checkout
 from evodiff.plugins import publish_solvers, registered
 
+LARGEST_SEED = sys.maxsize - 1
+"""A range of seeds from 0 to this one still has a length."""
+
 
 def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
     """`configs/<root>.yaml` with overrides in Hydra's syntax, resolved.
@@ -41,6 +45,7 @@ def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 def _compose(root: str, overrides: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
     """Our part and Hydra's."""
     check_checkout()
+    _check(root, overrides)
     publish_solvers()
     outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
     GlobalHydra.instance().clear()
@@ -140,7 +145,31 @@ def parse_range(text: str) -> range:
     last = int(match[2] or first)
     if last < first:
         raise ConfigError(f"seeds={text} is empty: {last} is before {first}. Expected first-last, like seeds=0-999.")
+    if last > LARGEST_SEED:
+        raise ConfigError(f"seeds={text} is impossible: {last} is too large. Seeds are at most {LARGEST_SEED}.")
     return range(first, last + 1)
+
+
+def _check(root: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what Hydra lets through, or answers with a traceback."""
+    known = _keys(root)
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            continue
+        key = override.key_or_group
+        head = key.split(".")[0]
+        if override.is_delete() and key in known:
+            raise ConfigError(f"{text} takes away what a run needs. Leave it out, or set {key}=...")
+        if (override.is_add() or override.is_force_add()) and "/" not in head and head not in known | {"hydra"}:
+            raise ConfigError(f"{head} is no key of the configuration.{nearest(head, known)}")
+        if (CONFIGS / key).is_dir() and not override.is_sweep_override():
+            value, possible = text.partition("=")[2], choices(key)
+            if override.value() not in possible:
+                raise ConfigError(
+                    f"{key}={value} does not exist.{nearest(value, possible)} Possible: {', '.join(possible)}."
+                )
 
 
 def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
@@ -154,11 +183,8 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
                 f"{text!r} is no override. Expected key=value, like nfe=10 or solver=ddim; what holds a = itself needs "
                 f"quotes, like reference_run=['solver=unipc_3','nfe=200']."
             )
-        key, value = override.key_or_group, override.value()
-        group = CONFIGS / key
-        if group.is_dir() and isinstance(value, str) and value not in choices(key):
-            return f"{key}={value} does not exist.{nearest(value, choices(key))} Possible: {', '.join(choices(key))}."
-        if override.is_add() or group.is_dir() or key.split(".")[0] == "hydra":
+        key = override.key_or_group
+        if override.is_add() or (CONFIGS / key).is_dir() or key.split(".")[0] == "hydra":
             continue
         head = key.split(".")[0]
         if key not in known and not (head in known and "." not in key):

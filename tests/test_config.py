@@ -83,6 +83,16 @@ def test_bad_seed_ranges(text):
         parse_range(text)
 
 
+def test_seeds_are_at_most_what_a_range_can_count():
+    assert len(parse_range("0-9223372036854775806")) == 9223372036854775807
+    with pytest.raises(ConfigError, match="99999999999999999999 is too large.* at most 9223372036854775806"):
+        parse_range("0-99999999999999999999")
+
+
+def test_a_key_that_is_known_may_be_added_to():
+    assert compose("run", ["+model.device=cpu", "++nfe=5"]).nfe == 5
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -94,6 +104,19 @@ def test_bad_seed_ranges(text):
         ("gird=karras", "Did you mean grid?"),
         ("nfe", "is no override. Expected key=value"),
         ("grid=file", "grid.path must be given"),
+        ("solver=ddim.yaml", "solver=ddim.yaml does not exist. Did you mean ddim?"),
+        ("solver=/ddim", "Did you mean ddim?"),
+        ("solver=[ddim,heun]", "solver=[ddim,heun] does not exist."),
+        ("solver=null", "solver=null does not exist."),
+        ("model=5", "model=5 does not exist. Possible: afhqv2_edm, "),
+        ("tracker=null", "Possible: none, wandb."),
+        ("grid=[80,10,1,0.002]", "grid=[80,10,1,0.002] does not exist. Possible: ays_sd15, "),
+        ("grid={rho:5}", "grid={rho:5} does not exist."),
+        ("~grid", "~grid takes away what a run needs. Leave it out, or set grid=..."),
+        ("~nfe", "~nfe takes away what a run needs"),
+        ("+nef=5", "nef is no key of the configuration. Did you mean nfe?"),
+        ("++nef=5", "nef is no key of the configuration. Did you mean nfe?"),
+        ("+nef.a=5", "nef is no key of the configuration."),
     ],
 )
 def test_a_typo_names_the_nearest(override, message):
