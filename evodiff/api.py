@@ -9,11 +9,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from evodiff.config import build, choices, nearest
+from evodiff.config import LARGEST_SEED, build, choices, nearest
 from evodiff.denoiser import Denoiser, threshold_of
 from evodiff.device import device_for
 from evodiff.errors import ConfigError
-from evodiff.grid import Spacing, grid_for
+from evodiff.grid import Listed, Spacing, grid_for
 from evodiff.guidance import Unguided
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
@@ -39,9 +39,9 @@ def sample(
     nfe: int | None = 10,
     seeds: Sequence[int] | np.ndarray | Tensor = range(16),
     *,
-    grid: Spacing | str = "logsnr",
+    grid: Spacing | Sequence[float] | str = "logsnr",
     guidance: Guidance | str = UNGUIDED,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int] | np.ndarray | Tensor | None = None,
     denoise_final: bool = False,
     t_start: float | None = None,
     t_end: float | None = None,
@@ -60,7 +60,8 @@ def sample(
 
     `model`: what `evodiff.wrap` returns, the name of a file of configs/model, or a denoiser D(x, node) of your own with
     a `schedule`; that one needs the `shape` [C, H, W] of a sample. `device`: of a named model or a denoiser, by default
-    the CPU. `solver`, `grid` and `guidance`: the name of a file of configs/, or an object, like EVODiff(final="euler").
+    the CPU. `solver`, `grid` and `guidance`: the name of a file of configs/, or an object, like EVODiff(final="euler");
+    `grid` also the times themselves, falling, on the model's schedule: n + 1 for n steps.
     `labels`: the class of each seed; by default it is drawn from the seed. The other arguments are keys of
     configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
     Networks compute as with precision=fp32, unless the model is one that `evodiff.precision.prepared` has returned.
@@ -70,21 +71,33 @@ def sample(
     """
     model = _pretrained(model, shape, device)
     solver = named_solver(solver) if isinstance(solver, str) else solver
-    spacing: Spacing = named_grid(grid) if isinstance(grid, str) else grid
+    if not isinstance(solver, Solver):
+        raise ConfigError(f"solver={solver!r} is impossible: give the name of a solver, or an object like EVODiff().")
+    spacing = _spacing(grid)
     guided: Guidance = build(_config("guidance", guidance)) if isinstance(guidance, str) else guidance
+    if isinstance(guided, type) or not callable(guided):
+        raise ConfigError(
+            f"guidance={guided!r} is impossible: give the name of a guidance, or an object like ClassifierFree(2.0)."
+        )
     thresholded = threshold_of(threshold, latent=model.decode is not None)
     if isinstance(seeds, np.ndarray | Tensor):
         seeds = seeds.tolist()
-    if not isinstance(seeds, Sequence) or not seeds or not all(isinstance(s, Integral) and s >= 0 for s in seeds):
-        raise ConfigError(f"seeds={seeds!r} is impossible: give at least one number from 0 on, like seeds=range(16).")
+    possible = range(LARGEST_SEED + 1)
+    if (
+        not isinstance(seeds, Sequence)
+        or not seeds
+        or not all(isinstance(s, Integral) and s in possible for s in seeds)
+    ):
+        raise ConfigError(
+            f"seeds={seeds!r} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
+            f"seeds=range(16)."
+        )
     if not (nfe is None or type(nfe) is int) or type(batch) is not int or batch < 1:
         raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, batch at least 1.")
     if dtype not in DTYPES.values():
         raise ConfigError(f"dtype={dtype!r} is impossible: give torch.float64 or torch.float32.")
-    if labels is not None and (not model.num_classes or len(labels) != len(seeds)):
-        raise ConfigError(f"{len(labels)} labels for {len(seeds)} seeds of a model with {model.num_classes} classes.")
-    if labels is not None and not all(0 <= y < model.num_classes for y in labels):
-        raise ConfigError(f"labels={labels!r} are impossible: classes are 0 to {model.num_classes - 1}.")
+    if labels is not None:
+        labels = _labels(labels, len(seeds), model.num_classes)
     if nfe is not None:
         solver = solver.for_budget(nfe - denoise_final)
     schedule = model.denoiser(None).schedule
@@ -137,7 +150,41 @@ def named_solver(name: str, **fields: Any) -> Solver:
 
 def named_grid(name: str) -> Spacing:
     """The spacing of a file of configs/grid. Raises ConfigError, naming what is possible."""
-    return build(_config("grid", name))
+    config = _config("grid", name)
+    if missing := [key for key, value in config.items() if value == "???"]:
+        raise ConfigError(
+            f"grid={name} needs {', '.join(missing)}: give an object, like evodiff.grid.FromFile(path=...)."
+        )
+    return build(config)
+
+
+def _spacing(grid: Any) -> Spacing:
+    if isinstance(grid, str):
+        return named_grid(grid)
+    if hasattr(grid, "times") and not isinstance(grid, type):
+        return grid
+    try:
+        times = tuple(map(float, grid))
+    except (TypeError, ValueError):
+        times = ()
+    if not times:
+        raise ConfigError(
+            f"grid={grid!r} is impossible: give the name of a grid, an object with times(n, schedule, t_start, t_end) "
+            f"like Karras(), or the falling times of the model's schedule themselves, n + 1 for n steps."
+        )
+    return Listed(times)
+
+
+def _labels(labels: Any, n: int, num_classes: int) -> list[int]:
+    given = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
+    whole = isinstance(given, Sequence) and all(isinstance(y, Integral) for y in given)
+    if isinstance(given, Sequence) and (not num_classes or len(given) != n):
+        raise ConfigError(f"{len(given)} labels for {n} seeds of a model with {num_classes} classes.")
+    if not whole or not all(0 <= y < num_classes for y in given):
+        raise ConfigError(
+            f"labels={labels!r} are impossible: classes are 0 to {num_classes - 1}, one whole number for each seed."
+        )
+    return [int(y) for y in given]
 
 
 def _config(group: str, name: str) -> dict[str, Any]:

@@ -194,6 +194,17 @@ class Optimised:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """These falling times, whatever t_start and t_end are: for one number of steps."""
+
+    listed: tuple[float, ...]
+
+    def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        ends(schedule, self.listed[0], self.listed[-1])
+        return list(self.listed)
+
+
+@dataclass(frozen=True)
 class FromFile:
     """Times from a JSON file, for grids that are computed or optimised (`evodiff gits`, AYS, DMN): a list of falling
     numbers, or a mapping from the number of steps to such a list.

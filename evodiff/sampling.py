@@ -24,10 +24,16 @@ def integrate(
     noise: Noise | None = None,
     denoise_final: bool = False,
 ) -> Tensor:
-    """From x at the first node of `grid` to the last one, and with `denoise_final` to D there. The only loop."""
+    """From x at the first node of `grid` to the last one, and with `denoise_final` to D there. The only loop.
+
+    Raises SamplingError if a step returns something else than x and the state.
+    """
     state = solver.init(noise)
     for step in grid.steps():
-        x, state = solver.step(denoise, x, step, state)
+        result = solver.step(denoise, x, step, state)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise SamplingError(f"the step of {type(solver).__name__} must return x and the state: return x, state.")
+        x, state = result
     return denoise(x, grid.nodes[-1]) if denoise_final else x
 
 

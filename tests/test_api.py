@@ -3,6 +3,7 @@
 import doctest
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ import evodiff
 import evodiff.api
 from evodiff.api import named_solver
 from evodiff.denoiser import Counting
-from evodiff.errors import BudgetError, ConfigError
+from evodiff.errors import BudgetError, ConfigError, SamplingError
 from evodiff.experiment import sample_run
-from evodiff.grid import Karras
+from evodiff.grid import Karras, TimeGrid
 from evodiff.guidance import ClassifierFree
 from evodiff.models.analytic import mixture
 from evodiff.run import Job, store_of
-from evodiff.schedule import DiscreteVP
+from evodiff.schedule import EDM, DiscreteVP
+from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.evodiff import EVODiff
 from evodiff.solvers.heun import Heun
 
@@ -31,6 +33,7 @@ def test_the_example_of_the_documentation():
 def test_importing_the_package_is_light():
     code = "import sys, evodiff; assert 'torch' not in sys.modules; assert {'sample', 'wrap'} <= set(dir(evodiff))"
     subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", "import evodiff; evodiff.guidance.ClassifierFree(2.0)"], check=True)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,45 @@ def test_labels_are_drawn_from_the_seeds_or_given():
         evodiff.sample(model, seeds=range(2), labels=[4, 1])
 
 
+@pytest.mark.parametrize("array", [tuple, np.asarray, torch.tensor])
+def test_labels_may_be_an_array(array):
+    model = evodiff.wrap(Labelled(), shape=(1, 2, 2), predicts="x0", schedule=DiscreteVP.linear(), num_classes=4)
+    given = evodiff.sample(model, "ddim", 3, range(2), labels=array([3, 2]), denoise_final=True)
+    assert given.x[:, 0, 0, 0].tolist() == [0.75, 0.5]
+
+
+@pytest.mark.parametrize("labels", [3, [0.5, 1.5], torch.tensor([0.5, 1.0]), torch.tensor(3), ["1", "2"]])
+def test_labels_that_are_no_classes_are_refused(labels):
+    model = evodiff.wrap(Labelled(), shape=(1, 2, 2), predicts="x0", schedule=DiscreteVP.linear(), num_classes=4)
+    with pytest.raises(ConfigError, match="classes are 0 to 3, one whole number for each seed"):
+        evodiff.sample(model, "ddim", 3, range(2), labels=labels)
+
+
+@pytest.mark.parametrize("array", [list, np.asarray, torch.tensor])
+def test_a_grid_may_be_the_times_themselves(array):
+    times = [40.0, 9.0, 1.0, 0.01]
+    given = evodiff.sample("mixture", nfe=3, seeds=range(2), grid=array(times))
+    assert torch.allclose(given.x, evodiff.sample("mixture", nfe=3, seeds=range(2), grid=Listed()).x, atol=1e-6)
+
+
+class Listed:
+    def times(self, n, schedule, t_start, t_end):
+        return [40.0, 9.0, 1.0, 0.01]
+
+
+@dataclass(frozen=True)
+class Forgetful(DDIM):
+    """Its step returns x alone."""
+
+    def step(self, denoise, x, step, state):
+        return super().step(denoise, x, step, state)[0]
+
+
+def test_a_step_that_returns_no_state_is_told():
+    with pytest.raises(SamplingError, match="the step of Forgetful must return x and the state"):
+        evodiff.sample("mixture", Forgetful(), 3, range(3))
+
+
 def test_torchs_own_random_numbers_are_left_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -121,6 +163,19 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"model": mixture().denoiser(None), "shape": (3, 8, 8), "device": "gpu"}, "device=gpu is not available here"),
         ({"model": lambda x, node: x}, "Make a model of it: evodiff.wrap"),
         ({"model": Counting(mixture().denoiser(None))}, "give shape="),
+        ({"grid": [10, 1]}, "gives 2 times, but 10 steps need 11"),
+        ({"grid": [0.002, 80], "nfe": 1}, "t_start=0.002 must be above t_end=80"),
+        ({"grid": []}, "grid=\\[\\] is impossible: give the name of a grid, an object with times"),
+        ({"grid": [80, "x"]}, "grid=\\[80, 'x'\\] is impossible"),
+        ({"grid": TimeGrid.at([80, 1], EDM())}, "is impossible: give the name of a grid"),
+        ({"grid": Karras}, "grid=<class .*Karras'> is impossible"),
+        ({"grid": 5}, "grid=5 is impossible"),
+        ({"grid": "file"}, "grid=file needs path: give an object, like evodiff.grid.FromFile\\(path=...\\)"),
+        ({"solver": EVODiff}, "solver=<class .*EVODiff'> is impossible: give the name of a solver, or an object"),
+        ({"solver": None}, "solver=None is impossible"),
+        ({"guidance": 2.0}, "guidance=2.0 is impossible: give the name of a guidance, or an object"),
+        ({"guidance": ClassifierFree}, "guidance=<class .*ClassifierFree'> is impossible"),
+        ({"seeds": [2**64]}, "is impossible: give at least one number from 0 on"),
         ({"labels": [1] * 16}, "16 labels for 16 seeds of a model with 0 classes"),
     ],
 )
