@@ -160,6 +160,32 @@ def test_class_labels_reach_the_network_and_guidance():
     assert torch.allclose(ClassifierFree(2.0)(model, labels)(x, node)[:, 0, 0, 0], 2 * shift)
 
 
+class Embedded(nn.Module):
+    """A network that knows the unconditional branch by a label of its own, 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = nn.Embedding.from_pretrained(torch.arange(5.0)[:, None])
+
+    def forward(self, x, t, y):
+        return 0.5 * x + self.of(y).view(-1, 1, 1, 1)
+
+
+def test_the_unconditional_branch_may_have_a_label():
+    model = evodiff.wrap(Embedded(), num_classes=4, null_label=4, **OWN)
+    x, node = torch.zeros(2, 3, 8, 8), OWN["schedule"].node(0.5)
+    ratio = -node.sigma / node.alpha
+    assert torch.allclose(model.denoiser(None)(x, node), torch.tensor(4 * ratio))
+    guided = ClassifierFree(2.0)(model, torch.tensor([1, 3]))(x, node)[:, 0, 0, 0]
+    assert torch.allclose(guided, ratio * (4 + 2 * (torch.tensor([1.0, 3.0]) - 4)))
+
+
+@pytest.mark.parametrize("wrong", [{"null_label": -1}, {"null_label": "4"}, {"null_label": 4, "num_classes": 0}])
+def test_a_null_label_is_a_whole_number_of_a_network_with_classes(wrong):
+    with pytest.raises(ConfigError, match="null_label=.* must be a whole number from 0 on, of a network with classes"):
+        evodiff.wrap(Embedded(), **{"num_classes": 4, **OWN, **wrong})
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [

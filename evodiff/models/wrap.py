@@ -13,6 +13,7 @@ line, a file configs/model/mine.yaml and `evodiff run model=mine`:
     schedule: {_target_: evodiff.schedule.LinearVP}   # its own; or EDM, CosineVP, DiscreteVP.linear, Flow
     label: {_target_: evodiff.models.adapter.ContinuousTime, scale: 999}   # what the network is told of the time
     num_classes: 0                          # above 0: the network is called as model(x, t, y)
+    null_label: null                        # the y of no class, for guidance; null: y is None
     data_range: [-1, 1]                     # the network's black and white; [0, 1] for many
 """
 
@@ -48,6 +49,7 @@ def wrap(
     schedule: NoiseSchedule,
     label: Callable[[Node], float] | None = None,
     num_classes: int = 0,
+    null_label: int | None = None,
     data_range: Sequence[float] = (-1.0, 1.0),
     sample_on: str = "own",
     weights: str | Path | None = None,
@@ -57,7 +59,8 @@ def wrap(
     """A network `model(x, t)`, or `model(x, t, y)` with `num_classes`, as a pretrained model.
 
     x [B, C, H, W] float32 on `schedule`, t [B] float32 from `label` (by default N t - 1 on a DiscreteVP, sigma on EDM,
-    t itself on others), y int64 [B], or None for the unconditional branch of guidance. It returns `predicts` (eps, x0,
+    t itself on others), y int64 [B]. For the unconditional branch of guidance y is None, or [B] times `null_label`
+    for a network that was trained with a label for it (often `num_classes`). It returns `predicts` (eps, x0,
     v, score or flow) of the shape of x, or with twice its channels, of which the second half is left out.
     `sample_on`: the `own` schedule, or `edm` for the same noise levels on EDM's.
 
@@ -74,6 +77,10 @@ def wrap(
         raise ConfigError(f"wrap: label={label!r} must be a function of a node, like ContinuousTime(999), or None")
     if type(num_classes) is not int or num_classes < 0:
         raise ConfigError(f"wrap: num_classes={num_classes!r} must be a whole number, 0 for a network without classes")
+    if null_label is not None and (type(null_label) is not int or null_label < 0 or not num_classes):
+        raise ConfigError(
+            f"wrap: null_label={null_label!r} must be a whole number from 0 on, of a network with classes, or None"
+        )
     device = torch.device(device_for(device))
     files = {}
     if weights is not None:
@@ -86,7 +93,11 @@ def wrap(
     seen = process(schedule, label or _label_of(schedule), sample_on, (black, white))
 
     def denoiser(y: Tensor | None) -> Denoiser:
-        return NetworkDenoiser((lambda x, t: model(x, t, y)) if num_classes else model, predicts, seen)
+        def conditional(x: Tensor, t: Tensor) -> Tensor:
+            null = y is None and null_label is not None
+            return model(x, t, torch.full((len(x),), null_label, device=x.device) if null else y)
+
+        return NetworkDenoiser(conditional if num_classes else model, predicts, seen)
 
     wrapped = Pretrained(
         denoiser,
