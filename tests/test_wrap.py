@@ -17,6 +17,7 @@ from evodiff.guidance import ClassifierFree
 from evodiff.models.adapter import PREDICTIONS, ContinuousTime, DiscreteTime, NetworkDenoiser, process
 from evodiff.models.analytic import GaussianMixture
 from evodiff.models.loading import cosine_betas, scaled_linear_betas, schedule_of
+from evodiff.models.mnist import mnist_tiny
 from evodiff.sampling import generate
 from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 from evodiff.solvers.dpmpp import DPMSolverPP
@@ -133,6 +134,41 @@ class Tiny(nn.Module):
 
     def forward(self, x, t, y=None):
         return self.weight * x + (0 if y is None else y.view(-1, 1, 1, 1).float())
+
+
+def test_a_third_of_the_wrong_predictions_is_refused_and_right_ones_are_not():
+    """Among them all networks that are said to predict the image and do not."""
+    tiny = mnist_tiny().denoiser(None)
+
+    def network_of(schedule, predicts):
+        def network(x, t):
+            node = schedule.node(t[0].item())
+            D = tiny(x / node.alpha, EDM().node(node.kappa))
+            eps = (x - node.alpha * D) / node.sigma
+            v, flow = node.alpha * eps - node.sigma * D, eps - D
+            return {"eps": eps, "x0": D, "v": v, "score": -eps / node.sigma, "flow": flow}[predicts]
+
+        return network
+
+    def accepted(schedule, truth, told):
+        own = {"shape": (1, 32, 32), "schedule": schedule, "label": lambda node: node.t}
+        try:
+            evodiff.wrap(network_of(schedule, truth), predicts=told, **own)
+        except ConfigError:
+            return False
+        return True
+
+    passed = {
+        (name, truth, told)
+        for name, schedule in SCHEDULES.items()
+        for truth in PREDICTIONS
+        for told in PREDICTIONS
+        if accepted(schedule, truth, told)
+    }
+    right = {(name, truth, truth) for name in SCHEDULES for truth in PREDICTIONS}
+    assert right <= passed
+    assert len(passed - right) <= 65
+    assert not [told for _, _, told in passed - right if told == "x0"]
 
 
 OWN = {"shape": (3, 8, 8), "predicts": "eps", "schedule": DiscreteVP.linear()}

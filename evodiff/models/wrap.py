@@ -40,6 +40,10 @@ from evodiff.schedule import EDM, DiscreteVP, Node, NoiseSchedule
 LARGEST = 10.0
 """Images are in [-1, 1]; a data prediction of this size at moderate noise means that the description is wrong."""
 
+FARTHEST = 2.0
+"""Of the data prediction at the last time from what the noise was added to: any image in [-1, 1] is within 1.6 of it,
+also that of a network for other images; noise, velocity or a score taken for the image end farther off."""
+
 
 def wrap(
     model: Callable[..., Tensor],
@@ -65,7 +69,8 @@ def wrap(
     `sample_on`: the `own` schedule, or `edm` for the same noise levels on EDM's.
 
     With `check`, the network is called at three noise levels. Raises ConfigError if that fails, or if the output has
-    another shape, is not finite, or makes data predictions far outside the range of images; and for arguments that
+    another shape, is not finite, or makes data predictions far outside the range of images or, nearly without noise,
+    far from the image; eps, v and flow taken for each other often pass. And for arguments that
     cannot be, like a device that this machine lacks (`device` is a name of torch, or auto).
     """
     channels, height, width = _sizes(shape)
@@ -180,11 +185,17 @@ def _check(wrapped: Pretrained, predicts: str) -> None:
     told = denoise.process.label(denoise.process.native.node(denoise.process.native.t_start))
     if not isinstance(told, Real):
         raise ConfigError(f"wrap: label gives {told!r} for the first time; expected a number")
+    advice = f"Check predicts={predicts}, schedule, label and data_range; check=false leaves this test out."
     for node in (first, middle, last):
         D = denoise(node.alpha * clean + node.sigma * noise, node)
         size = D.square().mean().sqrt().item()
         if node is not first and not size <= LARGEST:
             raise ConfigError(
                 f"wrap: at t={node.t:.6g} the data prediction has root mean square {size:.3g}, but images are in "
-                f"[-1, 1]. Check predicts={predicts}, schedule, label and data_range; check=false leaves this test out."
+                f"[-1, 1]. {advice}"
+            )
+        if node is last and not (off := (D - clean).square().mean().sqrt().item()) <= FARTHEST:
+            raise ConfigError(
+                f"wrap: at t={node.t:.6g}, nearly without noise, the data prediction is {off:.3g} (root mean square) "
+                f"from the image. {advice}"
             )
