@@ -161,3 +161,17 @@ def test_progress_is_told_unless_disabled(capsys):
 def test_sigmas_that_do_not_fall_are_refused(sigmas):
     with pytest.raises(ConfigError, match="fall"):
         k_diffusion.sample_evodiff(model, start(), torch.tensor(sigmas), disable=True)
+
+
+def test_dpmpp_2m_is_that_of_k_diffusion_without_lower_order_final():
+    x, old, sigmas = start().double(), None, SIGMAS.double()
+    for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        D = model(x, s.expand(len(x)))
+        h, last = (s / t).log(), sigmas[i - 1]
+        r = (last / s).log() / h
+        slope = D if old is None or t == 0 else (1 + 1 / (2 * r)) * D - old / (2 * r)
+        x, old = (t / s) * x - (-h).expm1() * slope, D
+    same = k_diffusion.sample_dpmpp_2m(model, start().double(), sigmas, disable=True, lower_order_final=False)
+    other = k_diffusion.sample_dpmpp_2m(model, start().double(), sigmas, disable=True)
+    assert torch.allclose(same, x, atol=1e-6)
+    assert not torch.allclose(other, x, atol=1e-4)
