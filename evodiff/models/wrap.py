@@ -99,8 +99,9 @@ def wrap(
 
     def denoiser(y: Tensor | None) -> Denoiser:
         def conditional(x: Tensor, t: Tensor) -> Tensor:
-            null = y is None and null_label is not None
-            return model(x, t, torch.full((len(x),), null_label, device=x.device) if null else y)
+            if y is None and null_label is not None:
+                return model(x, t, torch.full((len(x),), null_label, device=x.device))
+            return model(x, t, y)
 
         return NetworkDenoiser(conditional if num_classes else model, predicts, seen)
 
