@@ -136,6 +136,7 @@ class Tiny(nn.Module):
         return self.weight * x + (0 if y is None else y.view(-1, 1, 1, 1).float())
 
 
+@pytest.mark.slow
 def test_a_third_of_the_wrong_predictions_is_refused_and_right_ones_are_not():
     """Among them all networks that are said to predict the image and do not."""
     tiny = mnist_tiny().denoiser(None)
