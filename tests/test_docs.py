@@ -266,8 +266,12 @@ def script(name: str):
 make_docs = script("make_docs")
 
 
+LONG = ("reproduces.md", "results.md")
+"""Pages that take half a minute to make; make_docs.py --check compares them too."""
+
+
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page == "reproduces.md")) for page in make_docs.NAMES]
+    "page", [pytest.param(page, marks=[pytest.mark.slow] * (page in LONG)) for page in make_docs.NAMES]
 )
 def test_generated_pages_are_current(page):
     assert (DOCS / page).read_text() == make_docs.current(page), "make docs"
