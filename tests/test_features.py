@@ -14,6 +14,7 @@ from evodiff.errors import ConfigError, MetricError
 from evodiff.metrics import dinov2
 from evodiff.metrics.features import extractor
 from evodiff.metrics.resize import resize
+from evodiff.models.networks.digit_classifier import DigitClassifier
 from evodiff.verify.metrics import Check, main, relative, write_random_inception
 
 
@@ -215,3 +216,12 @@ def test_a_difference_or_nan_fails_its_check():
     assert not Check("x", "y", relative(float("nan"), 1.0), 1e-6).ok
     with pytest.raises(ConfigError, match="leave --weights out"):
         main(["--weights", "nowhere.pth"])
+
+
+def test_the_digit_classifier_pools_as_torch_does():
+    torch.manual_seed(0)
+    net, images = DigitClassifier(), torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8)
+    x = images.float() / 127.5 - 1
+    for conv in (net.conv1, net.conv2, net.conv3):
+        x = torch.nn.functional.max_pool2d(conv(x).relu(), 2)
+    assert torch.equal(net(images)[0], net.features(x.flatten(1)).relu())

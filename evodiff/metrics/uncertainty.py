@@ -26,7 +26,6 @@ def influence(features: Tensor, reference: Gaussian) -> Tensor:
     mean, factor = moments.mean, reference.factor
     values, vectors = torch.linalg.eigh(factor.T @ moments.cov @ factor)
     kept = values > values[-1] * len(mean) * torch.finfo(torch.float64).eps
-    kept &= torch.arange(len(values)) >= len(values) - (moments.n - 1)  # the rank of S
     root = factor @ vectors[:, kept] * values[kept] ** -0.25
     moved = []
     for rows in features.split(ROWS):
