@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from evodiff.config import build, compose, compose_hydra, nearest
+from evodiff.config import build, choices, compose, compose_hydra, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.experiment import check_scorable, current_record, sample_run, score_run
@@ -138,11 +138,12 @@ def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
 def table_main(argv: list[str]) -> int:
     from evodiff.report import Table
 
-    table = Table.of_file(*table_arguments("table", argv))
+    name, overrides = table_arguments("table", argv)
+    table = Table.of_file(name, overrides)
     if processes() > 1:
         return share_table(table)
     if any(arg.startswith("hydra/launcher=") for arg in argv):
-        return launch_table(table, build(compose_hydra("table", [f"table={argv[0]}", *argv[1:]]).launcher))
+        return launch_table(table, build(compose_hydra("table", [f"table={name}", *overrides]).launcher))
     return table.make()
 
 
@@ -225,12 +226,11 @@ def report_main(argv: list[str]) -> int:
 
 
 def table_arguments(command: str, argv: list[str]) -> tuple[str, list[str]]:
-    """The name and the overrides."""
-    if not argv or argv[0].startswith("-") or "=" in argv[0]:
-        from evodiff.config import choices
-
+    """The name, also given as table=NAME, and the overrides."""
+    name = argv[0].removeprefix("table=") if argv else ""
+    if not name or name.startswith("-") or "=" in name:
         raise ConfigError(f"usage: evodiff {command} NAME [key=value ...]. Tables: {', '.join(choices('table'))}.")
-    return argv[0], argv[1:]
+    return name, argv[1:]
 
 
 def stats_main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 import hydra.utils
+import yaml
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -55,6 +56,8 @@ def _compose(root: str, overrides: tuple[str, ...]) -> tuple[DictConfig, DictCon
             cfg = hydra_compose(root, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(root, overrides, e)) from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"a configuration cannot be read: {' '.join(str(e).split())}. Mend it.") from e
     finally:
         Singleton.set_state(outer)
     return _named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices)), cfg.hydra

@@ -281,7 +281,10 @@ def write_shard(folder: Path, store: SampleStore, files: Mapping[str, str], shar
 
 
 def score_run(job: Job, run: Run | None = None) -> Record:
-    """Score the images of a complete run; a score.json that has what is asked is taken as it is."""
+    """Score the images of a complete run.
+
+    A score.json of these images that has what is asked is taken as it is; of another one all that still holds is kept.
+    """
     if record := current_record(job, run):
         return record
     reference = job.reference_run if run is None else None
@@ -289,8 +292,10 @@ def score_run(job: Job, run: Run | None = None) -> Record:
     use_cpu(job.threads)
     store = store_of(job, run)
     n = len(run.seed_range)
-    metrics: dict[str, float] = {}
+    before = scored_before(job, run)
+    metrics, asked, files = still_true(before, reference) if before else ({}, [], {})
     if job.protocol and job.scored:
+        files = files_used(job.protocol, job.device)
         scorer = Scorer(job.protocol, job.device, job.scored)
         for _, arrays in store.files(partial(_scored_arrays, scorer, store)):
             _add_arrays(scorer, arrays)
@@ -313,11 +318,11 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,
         shards=store.digests,
-        reference_run=reference.key() if reference else None,
+        reference_run=reference.key() if reference else before and before.reference_run,
         device=device_name(job.device),
         versions=versions(),
-        asked=list(job.metrics),
-        files=files_used(job.protocol, job.device) if job.protocol and job.scored else {},
+        asked=list(dict.fromkeys([*asked, *job.metrics])),
+        files=files,
     )
     record.write(run.folder / "score.json")
     return record
@@ -326,7 +331,13 @@ def score_run(job: Job, run: Run | None = None) -> Record:
 def current_record(job: Job, run: Run | None = None) -> Record | None:
     """The score.json of a run, if it is of the images that are there and has what is asked."""
     reference = job.reference_run.key() if run is None and job.reference_run else None
-    run = run or job.run
+    record = scored_before(job, run or job.run)
+    has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
+    return record if has_all else None
+
+
+def scored_before(job: Job, run: Run) -> Record | None:
+    """The score.json of a run, if it is of the images that are there, by the job's protocol."""
     store = store_of(job, run)
     path = run.folder / "score.json"
     if not path.exists() or store.missing():
@@ -336,9 +347,16 @@ def current_record(job: Job, run: Run | None = None) -> Record | None:
     except StoreError:  # of another version, or damaged: scored anew
         return None
     expected = (job.protocol.describe() if job.protocol else None, store.digests)
-    asked_before = {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
     same = (record.protocol, record.shards) == expected and same_reference(job.protocol, record)
-    return record if asked_before and same else None
+    return record if same else None
+
+
+def still_true(record: Record, reference: Run | None) -> tuple[dict[str, float], list[str], dict[str, str]]:
+    """Metrics, what was asked, and files of a record: all but the errors against another reference run."""
+    moved = reference is not None and reference.key() != record.reference_run
+    lost = AGAINST_REFERENCE.keys() if moved else ()
+    metrics = {name: value for name, value in record.metrics.items() if name.split("@")[0] not in lost}
+    return metrics, [name for name in record.asked if name not in lost], record.files
 
 
 def same_reference(protocol: Protocol | None, record: Record) -> bool:

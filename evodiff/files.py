@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and YAML that can be read or says where not."""
 
 import errno
 import hashlib
@@ -7,8 +7,11 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from evodiff.errors import StoreError
+import yaml
+
+from evodiff.errors import ConfigError, StoreError
 
 
 @contextmanager
@@ -31,6 +34,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where nothing could be written there may be no folder to look in
             temporary.unlink()
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ConfigError, with the line, for one that is not well formed."""
+    try:
+        with path.open(encoding="utf-8") as f:  # a stream has a name, which the error states
+            return yaml.safe_load(f)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(e).split())}. Mend it.") from e
 
 
 def sha256(path: Path) -> str:

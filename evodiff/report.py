@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from evodiff import inputs, pages, text, trajectory
 from evodiff.cells import Cell, Row, with_seeds
 from evodiff.config import build, compose, parse_range
 from evodiff.errors import ConfigError, EvodiffError, StoreError
-from evodiff.experiment import sample_run, score_run
+from evodiff.experiment import check_scorable, sample_run, score_run
 from evodiff.locks import locked
 from evodiff.metrics.distances import AGAINST_REFERENCE
 from evodiff.metrics.score import reference_of
@@ -93,15 +92,11 @@ class Table:
     @classmethod
     def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
         """The table of configs/table/NAME.yaml. Raises ConfigError for a file that cannot be read, or is another's."""
-        path = f"configs/table/{name}.yaml"
-        try:
-            cfg = compose("table", [f"table={name}", *overrides])
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path} cannot be read: {' '.join(str(e).split())}. Mend it.") from e
+        cfg = compose("table", [f"table={name}", *overrides])
         if cfg.table.name != name:  # its results would take the place of the other's
             raise ConfigError(
-                f"{path} says name: {cfg.table.name}, but a table has the name of its file: leave that line out, or "
-                f"write name: {name}."
+                f"configs/table/{name}.yaml says name: {cfg.table.name}, but a table has the name of its file: leave "
+                f"that line out, or write name: {name}."
             )
         return cls.from_config(cfg)
 
@@ -119,8 +114,9 @@ class Table:
         for key in ("limit", "repeats"):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
                 raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
-        for fields in (content, *content["rows"].values()):
-            if isinstance(fields, dict) and isinstance(fields.get("nfe"), int):
+        whole = [fields for fields in (content, *content["rows"].values()) if isinstance(fields, dict)]
+        for fields in (*whole, *(at for part in whole for at in part.get("at") or ())):
+            if isinstance(fields.get("nfe"), int):
                 fields["nfe"] = [fields["nfe"]]
         rows = {
             name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in content["rows"].items()
@@ -199,12 +195,15 @@ class Table:
         """Sample and score what is missing, picture a trajectory of each method, write the pages and print the table.
 
         A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1. What
-        cells read and can be computed is made first.
+        cells read and can be computed is made first, and what cannot be scored is not sampled.
         """
-        todo: list[tuple[str, Job, Run | None]] = [(f"{r}, NFE {n}", job, None) for (r, n, _), job in self.jobs.items()]
-        todo += [("reference run", job, run) for job, run in self.references.values()]
         failures = Failures()
         self.make_inputs(failures)
+        cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.jobs.items()]
+        cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
+        todo: list[tuple[str, Job, Run | None]] = [(label, job, None) for label, job in cells]
+        if cells:
+            todo += [("reference run", job, run) for job, run in self.references.values()]
         for stage in (_sample, score_run):
             todo = [(label, job, run) for label, job, run in todo if failures.attempt(label, stage, job, run)]
         failures.tell()
@@ -280,7 +279,9 @@ class Table:
         """What comes first, and is compared with papers: `fid`, `fd_mnist`, `rmse`, ..., without its N."""
         if self.metric is not None:
             return PAPER_METRICS[self.metric]
-        return next((name.split("@")[0] for r in self.records.values() for name in r.metrics), None)
+        names = dict.fromkeys(name.split("@")[0] for r in self.records.values() for name in r.metrics)
+        protocol = next(iter(self.jobs.values())).protocol
+        return protocol.metric if protocol and protocol.metric in names else next(iter(names), None)
 
     @property
     def metrics(self) -> list[str]:

@@ -27,10 +27,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("table", nargs="*", help=f"of {', '.join(choices('table'))}; all if none is named")
     parser.add_argument("--needs", action="store_true", help="one line for each thing that is missing")
     given = parser.parse_args(argv)
-    for name in given.table:
+    named = [name.removeprefix("table=") for name in given.table]
+    for name in named:
         if name not in choices("table"):
             raise ConfigError(f"{name} is no table.{nearest(name, choices('table'))} Possible: {names()}.")
-    tables = given.table or choices("table")
+    tables = named or choices("table")
     with ProcessPoolExecutor(min(len(tables), os.cpu_count() or 1)) as pool:  # Hydra composes some ten cells a second
         for lines in (map if len(tables) == 1 else pool.map)(partial(of_config, details=given.needs), tables):
             print(*lines, sep="\n", flush=True)

@@ -200,6 +200,16 @@ def test_what_a_table_needs(configs):
         needs.of_table("gided")
 
 
+def test_a_table_that_is_no_yaml_is_named_with_its_line(configs, capsys):
+    (needs.CONFIGS / "table" / "broken.yaml").write_text("title: a\nbase: [model=mixture\nnfe: [5]\n")
+    with pytest.raises(ConfigError, match=r'cannot be read: .*/table/broken.yaml", line 3'):
+        needs.of("broken")
+    assert main(["doctor", "--quick"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if 'table/broken.yaml", line 3' in line and "table broken" in line]
+    assert [line for line in lines if "table free" in line]  # and the others are still told
+
+
 def test_the_doctor_says_what_to_do_for_each_table(configs, capsys, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**12))
     place("inception")

@@ -19,6 +19,7 @@ from evodiff.report import Failures, Table
 from evodiff.text import show
 
 SMALL = ["table=smoke", "table.nfe=[5,6]"]
+BASE = ["model=mixture", "seeds=0-15", "shard=8", "batch=8"]
 PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fid_vs_nfe.png", "fid_vs_nfe.svg"}
 
 
@@ -26,7 +27,7 @@ PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fi
 def small(results):
     def make(rows=None, *overrides, **changes):
         cfg = compose("table", [*SMALL, *overrides])
-        cfg.table.base = ["model=mixture", "protocol=none", "seeds=0-15", "shard=8", "batch=8"]
+        cfg.table.base = [*BASE, "protocol=none"]
         cfg.table.rows = rows or {"DDIM": ["solver=ddim"], "EVODiff": ["solver=evodiff"]}
         cfg.table.update(changes)
         return Table.from_config(cfg)
@@ -120,6 +121,13 @@ def test_an_unexpected_error_does_not_end_the_table_either(small, results, capsy
     assert "evodiff: DDIM, NFE 5: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB." in err
     assert "3 of 4 cells done" in out
     assert (results / "tables" / "smoke" / "report.html").exists()
+
+
+def test_what_cannot_be_scored_is_not_sampled(small, results, capsys):
+    with_reference = [*BASE, "protocol=mnist", "protocol.reference=nope.npz", "protocol.reference_sha256=null"]
+    assert small(base=with_reference).make() == 1
+    assert "nope.npz" in capsys.readouterr().err
+    assert not list(results.rglob("shard-*"))
 
 
 def test_failures_are_grouped_and_leave_no_memory_held(capsys, monkeypatch):

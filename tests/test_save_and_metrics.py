@@ -138,6 +138,31 @@ def test_an_error_stays_until_another_reference_is_asked_for(run, results):
     assert later["reference_run"] != first["reference_run"] and later["metrics"] != first["metrics"]
 
 
+def test_what_was_measured_before_is_kept_beside_what_is_asked_now(run, results):
+    assert run("metrics=[fid,rmse,rmse_images]", REFERENCE)[0] == 0
+    first = record_of(results)
+    assert run("metrics=[contrast]")[0] == 0
+    both = record_of(results)
+    assert both["metrics"] == first["metrics"] | {"contrast@24": both["metrics"]["contrast@24"]}
+    assert {**both, "metrics": 0, "asked": 0} == {**first, "metrics": 0, "asked": 0}
+    assert run("metrics=[rmse]", REFERENCE.replace("3", "4"))[0] == 0
+    moved = record_of(results)
+    assert moved["asked"] == ["fid", "contrast", "rmse"], "the error of the images was against the other run"
+    assert moved["metrics"].keys() == {"fd_mnist@24", "contrast@24", "rmse@24"}
+    assert moved["metrics"]["rmse@24"] != first["metrics"]["rmse@24"]
+
+
+def test_nothing_is_kept_of_another_protocol_or_of_other_images(run, results):
+    assert run("metrics=[fid]")[0] == 0
+    assert run("metrics=[contrast]", "protocol.resize=tf1")[0] == 0
+    assert record_of(results)["metrics"].keys() == {"contrast@24"}
+    assert run("metrics=[fid]")[0] == 0
+    for shard in folder_of(results).glob("shard-*"):
+        shard.unlink()
+    assert run("metrics=[contrast]", "shard=12")[0] == 0
+    assert record_of(results)["metrics"].keys() == {"contrast@24"}
+
+
 def test_logits_are_kept_for_the_inception_score(run, results):
     assert run("metrics=[fid,is]", "save=none")[0] == 0
     assert [set(a) for a in arrays_of(results)] == [{"seeds", "features", "logits"}] * 3

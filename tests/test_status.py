@@ -140,6 +140,12 @@ def test_rows_are_listed_as_commands(evodiff_command):
     assert len(evodiff_command(*words[1:])[1].splitlines()) == 4
 
 
+def test_a_table_can_be_named_as_in_show(evodiff_command):
+    assert evodiff_command("status", "table=demo") == evodiff_command("status", "demo")
+    code, _, err = evodiff_command("report", "table=demos")
+    assert code == 1 and "Did you mean demo?" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

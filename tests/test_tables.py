@@ -232,13 +232,15 @@ def test_a_table_needs_no_name_but_its_files_and_one_number_is_enough(table_file
     named = table_file(f"name: own1\n{OWN}")
     assert Table.of_file(named, ["limit=4"]).name == "own1-4"
     assert Table.of_file(table_file(OWN.replace("[solver=ddim]}", "{run: [solver=ddim], nfe: 6}}"))).nfe == [6]
+    at = table_file(OWN.replace("[solver=ddim]}", "{run: [solver=ddim], at: [{nfe: 5, run: [solver.eta=1]}]}}"))
+    assert Table.of_file(at).jobs["DDIM", 5, 0].run.solver["eta"] == 1
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", r"{name} lacks title, base, rows, nfe"),
-        ("title: a\nbase: [model=mixture\nnfe: [5]\n", r"configs/table/{name}.yaml cannot be read: .*line 3"),
+        ("title: a\nbase: [model=mixture\nnfe: [5]\n", r"cannot be read: .*/table/{name}.yaml\", line 3"),
     ],
 )
 def test_a_table_file_that_cannot_be_read_is_one_line(table_file, content, message):

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.integrity import check
 from evodiff.checkpoints.registry import Entry, cache_folder, find, offline, registry
 from evodiff.errors import EvodiffError
-from evodiff.files import sha256
+from evodiff.files import read_yaml, sha256
 from evodiff.paths import CHECKPOINTS, CONFIGS
 
 OPTIONAL = {"wandb": "dashboards", "diffusers": "latent models"}
@@ -94,7 +92,7 @@ def _shipped() -> Iterator[Finding]:
         )
         yield Finding("wrong", "mnist_tiny", text)
     for path in sorted((CONFIGS / "protocol").glob("*.yaml")):
-        protocol = yaml.safe_load(path.read_text()) or {}
+        protocol = read_yaml(path) or {}
         classifiers = sorted((CHECKPOINTS / str(protocol.get("extractor"))).glob("*.safetensors"))
         reference = [CHECKPOINTS / protocol["reference"]] if protocol.get("reference_sha256") else []
         digests = [(file, protocol["reference_sha256"]) for file in reference]
@@ -134,7 +132,10 @@ def _tables() -> Iterator[Finding]:
     for name in needs.tables():
         try:
             entries, made = needs.of_table(name)
-        except (EvodiffError, ValueError, AttributeError, TypeError) as e:
+        except EvodiffError as e:
+            yield Finding("wrong", f"table {name}", str(e))
+            continue
+        except (ValueError, AttributeError, TypeError) as e:
             yield Finding("wrong", f"table {name}", f"cannot be read ({e}). Mend configs/table/{name}.yaml.")
             continue
         lacking = [find(entry) for entry in entries if not find(entry).path.is_file()]

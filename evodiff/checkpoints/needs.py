@@ -4,10 +4,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evodiff.checkpoints.registry import find, registry
 from evodiff.errors import ConfigError
+from evodiff.files import read_yaml
 from evodiff.paths import CHECKPOINTS, CONFIGS, check_checkout
 
 GROUPS = ("model", "solver", "grid", "guidance", "protocol")
@@ -58,7 +57,7 @@ def _entries(words: Iterable[str]) -> list[str]:
 
 def _choices(overrides: Iterable[str]) -> dict[str, str]:
     """The last value of each `key=value`, the defaults of run.yaml where a group is not mentioned."""
-    run = yaml.safe_load((CONFIGS / "run.yaml").read_text())
+    run = read_yaml(CONFIGS / "run.yaml")
     chosen = {k: str(v) for entry in run["defaults"] if isinstance(entry, dict) for k, v in entry.items()}
     return chosen | dict(str(text).split("=", 1) for text in overrides if "=" in str(text))
 
@@ -76,7 +75,7 @@ def _words(chosen: dict[str, str]) -> Iterator[str]:
 
 def _read(group: str, name: str) -> dict[str, Any] | None:
     path = CONFIGS / group / f"{name}.yaml"
-    return yaml.safe_load(path.read_text()) or {} if path.is_file() else None
+    return read_yaml(path) or {} if path.is_file() else None
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evodiff.errors import ConfigError
+from evodiff.files import read_yaml
 from evodiff.paths import CHECKPOINTS, check_checkout
 
 MANIFEST = CHECKPOINTS / "manifest.yaml"
@@ -72,11 +71,8 @@ def registry() -> Mapping[str, Entry]:
 
 @cache
 def _read(path: Path) -> Mapping[str, Entry]:
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as e:
-        check_checkout()
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(e).split())}") from e
+    check_checkout()
+    raw = read_yaml(path)
     known = {f.name for f in fields(Entry)}
     entries = {}
     for name, values in raw.items():
