@@ -203,8 +203,16 @@ def _pretrained(
     model: Pretrained | Denoiser | str, shape: Sequence[int] | None, device: torch.device | str | None
 ) -> Pretrained:
     if isinstance(model, str):
-        return build(_config("model", model), device=device_for(device or "cpu"))
+        known: Pretrained = build(_config("model", model), device=device_for(device or "cpu"))
+        model = known
     if isinstance(model, Pretrained):
+        if shape is not None and tuple(shape) != tuple(model.shape):
+            raise ConfigError(f"shape={tuple(shape)} is not the model's, {tuple(model.shape)}. Leave it out.")
+        if device is not None and torch.device(device_for(device)).type != model.device.type:
+            raise ConfigError(
+                f"device={device} is not the model's, {model.device}. Leave it out, or give device={device} to "
+                f"evodiff.wrap or to what loads the model."
+            )
         return model
     if isinstance(model, nn.Module) or not hasattr(model, "schedule"):
         raise ConfigError(

@@ -220,7 +220,8 @@ def batch_for(job: Job, run: Run, model: Pretrained, grid: TimeGrid) -> int:
         labels = torch.zeros(n, dtype=torch.int64) if model.num_classes else None
         return denoiser_for(run, model, labels)(x, grid.nodes[0])
 
-    size = automatic(call, job.shard, job.device, synchronised_clock(job.device))
+    with torch.compiler.set_stance("force_eager"):  # or every size that is tried would be compiled
+        size = automatic(call, job.shard, job.device, synchronised_clock(job.device))
     print(f"{run.key()}: batch=auto is {size} images on {job.device}", file=sys.stderr)
     return size
 
@@ -318,7 +319,7 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,
         shards=store.digests,
-        reference_run=reference.key() if reference else before and before.reference_run,
+        reference_run=reference.key() if reference else before.reference_run if before else None,
         device=device_name(job.device),
         versions=versions(),
         asked=list(dict.fromkeys([*asked, *job.metrics])),

@@ -46,9 +46,10 @@ class Processes:
     def launch(self, function: Function, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Yield (index of the job, what `function` returned or Died), in the order in which jobs finish."""
         gpus = visible_gpus()
-        n = min(self.n_jobs or len(gpus) or 1, len(jobs))
-        if n < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={self.n_jobs} is impossible: expected at least 1.")
+        at_once = self.n_jobs if self.n_jobs is not None else len(gpus) or 1
+        if at_once < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs={at_once} is impossible: expected at least 1.")
+        n = min(at_once, len(jobs))
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         for i in range(len(jobs)):

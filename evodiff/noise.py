@@ -1,7 +1,8 @@
 """Random numbers: a sample is its seed, whatever the batch size, the shard or the number of devices."""
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from itertools import repeat
 from threading import Lock
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evodiff.background import one_ahead
 from evodiff.errors import ConfigError
 
 
@@ -31,25 +33,31 @@ class Noise(Protocol):
 class SeededNoise:
     """One generator per sample, and another one for its label: neither can disturb the other.
 
-    The latent of seed k is the first `torch.randn` after `torch.manual_seed(k)` on the CPU, as in EDM's
-    generator.
+    The latent of seed k is the first `torch.randn` after `torch.manual_seed(k)` on the CPU. EDM's generators work alike
+    but on its device, and a GPU draws other numbers.
     """
 
     def __init__(self, seeds: Sequence[int]):
         self.seeds = tuple(seeds)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._start: Tensor | None = None
+        self._fresh: Iterator[Tensor] | None = None
 
     def latents(self, shape: Sequence[int]) -> Tensor:
         if self._start is None:
             self._start = self._draw(shape)
         return self._start
 
-    def _draw(self, shape: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])
-
     def normal(self, like: Tensor) -> Tensor:
-        return self._draw(like.shape[1:]).to(like.device, like.dtype)
+        if self._fresh is None:
+            self.latents(like.shape[1:])  # is the first of every stream, also where a caller has another start
+            draw = partial(self._draw, pinned=like.is_cuda)
+            self._fresh = one_ahead(draw, repeat(like.shape[1:]))  # the next while the network works on this one
+        return next(self._fresh).to(like.device, non_blocking=like.is_cuda).to(like.dtype)
+
+    def _draw(self, shape: Sequence[int], pinned: bool = False) -> Tensor:
+        drawn = torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])
+        return drawn.pin_memory() if pinned else drawn  # from there a copy to the device does not wait
 
     def labels(self, num_classes: int) -> Tensor:
         label_stream = 1

@@ -142,25 +142,32 @@ class DiscreteVP(VariancePreserving):
     """A discrete-time DDPM schedule: times (i + 1)/N, and log alpha piecewise linear in t between them.
 
     `log_alphas[i] = 0.5 sum_{j <= i} log(1 - beta_j)`; outside the first and last time the end pieces go on
-    (DPM-Solver, arXiv 2206.00927, appendix B).
+    (DPM-Solver, arXiv 2206.00927, appendix B). `t_end` is the first time, 1/N, unless given. Raises ConfigError.
     """
 
     log_alphas: tuple[float, ...]
     t_start: float = 1.0
-    t_end: float = 1e-3
+    t_end: float = math.nan
     times: tuple[float, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         values = tuple(float(v) for v in self.log_alphas)
         if len(values) < 2 or any(b >= a for a, b in zip(values, values[1:], strict=False)):
-            raise ValueError("DiscreteVP: log_alphas must be at least two strictly falling numbers")
+            raise ConfigError(
+                f"DiscreteVP: {len(values)} log_alphas are no schedule: expected two or more strictly falling numbers, "
+                f"0.5 sum log(1 - beta) of betas between 0 and 1."
+            )
         object.__setattr__(self, "log_alphas", values)
         object.__setattr__(self, "times", tuple((i + 1) / len(values) for i in range(len(values))))
+        if math.isnan(self.t_end):
+            object.__setattr__(self, "t_end", self.times[0])
 
     @classmethod
     def from_betas(cls, betas: Sequence[float], **times: float) -> "DiscreteVP":
         total, log_alphas = 0.0, []
-        for beta in betas:
+        for i, beta in enumerate(betas):
+            if not 0 < float(beta) < 1:
+                raise ConfigError(f"DiscreteVP: beta {i} is {float(beta):g}; expected numbers above 0 and below 1.")
             total += 0.5 * math.log1p(-float(beta))
             log_alphas.append(total)
         return cls(tuple(log_alphas), **times)
@@ -170,7 +177,7 @@ class DiscreteVP(VariancePreserving):
         cls, beta_start: float = 1e-4, beta_end: float = 0.02, num_timesteps: int = 1000, **times: float
     ) -> "DiscreteVP":
         """The schedule of DDPM (arXiv 2006.11239): betas evenly spaced."""
-        step = (beta_end - beta_start) / (num_timesteps - 1)
+        step = (beta_end - beta_start) / max(num_timesteps - 1, 1)
         return cls.from_betas([beta_start + i * step for i in range(num_timesteps)], **times)
 
     def log_alpha(self, t: float) -> float:

@@ -62,7 +62,8 @@ def make(job: Job) -> None:
     """The trajectory of a run into its folder, if the run is here and its trajectory is not."""
     if not job.run.folder.exists() or store_of(job).missing() or _read(job) is not None:
         return
-    with loaded(job.run, job.device) as model:
+    # a network compiled for the run's batches would be compiled anew for this single image
+    with loaded(job.run, job.device) as model, torch.compiler.set_stance("force_eager"):
         images, kappas = trajectory(job, model)
     with whole_file(job.run.folder / FILE) as temporary:
         np.savez_compressed(temporary, images=images, kappas=kappas)

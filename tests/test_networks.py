@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from evodiff.errors import ConfigError
 from evodiff.models.networks import build
 from evodiff.models.networks.adm_blocks import Norm
 from evodiff.models.networks.functional import attention, fir_down, fir_kernel, fir_up, sinusoids
+from evodiff.models.networks.layers import GroupNorm
 from evodiff.verify import networks
 from evodiff.verify.recorded import architecture_of, network_of
 
@@ -134,6 +136,24 @@ def test_attention_is_softmax_of_scaled_products():
     q, k, v = torch.randn(3, 2, 3, 8, 5, dtype=torch.float64)
     weights = torch.softmax(torch.einsum("bhct,bhcs->bhts", q, k) / 8**0.5, dim=3)
     assert torch.allclose(attention(q, k, v), torch.einsum("bhts,bhcs->bhct", weights, v))
+
+
+def test_attention_is_asked_as_fused_kernels_want_it(monkeypatch):
+    """They take tokens whose channels lie side by side, which a transposed view has not."""
+    asked, own = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: (asked.extend(qkv), own(*qkv))[1])
+    attention(*torch.randn(3, 2, 3, 8, 5))
+    assert len(asked) == 3 and all(part.is_contiguous() and part.shape == (2, 3, 5, 8) for part in asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_of_half_precision_are_taken_in_float32(dtype):
+    norm, x = GroupNorm(16, eps=1e-6).requires_grad_(False), (100 + torch.randn(2, 16, 4, 4)).to(dtype)
+    norm.weight.fill_(1.003)  # is 1 in bfloat16
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    expected = F.group_norm(wide, 4, norm.weight.to(wide.dtype), norm.bias.to(wide.dtype), 1e-6)
+    assert norm(x).dtype == dtype and torch.equal(norm(x), expected.to(dtype))
+    assert expected.std() == pytest.approx(1.003, abs=0.002)
 
 
 def test_sinusoids_span_periods_up_to_the_endpoint():

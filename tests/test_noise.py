@@ -40,6 +40,18 @@ def test_fresh_noise_is_fresh_and_repeatable():
     assert torch.equal(first, b.normal(x))
 
 
+def test_each_image_goes_on_with_its_own_stream():
+    """The start is the first of it, and what is drawn ahead changes no number."""
+    x = torch.zeros(3, *SHAPE, dtype=torch.float64)
+    started, unasked = SeededNoise(range(3)), SeededNoise(range(3))
+    started.latents(SHAPE)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    stream = [torch.stack([torch.randn(SHAPE, generator=g) for g in generators]) for _ in range(6)]
+    for noise in (started, unasked):
+        assert all(torch.equal(noise.normal(x), fresh.double()) for fresh in stream[1:])
+        assert torch.equal(noise.latents(SHAPE), stream[0])
+
+
 def test_legacy_replays_one_global_seed_in_batches():
     torch.manual_seed(10)
     stream = torch.cat([torch.randn(5, *SHAPE) for _ in range(3)])

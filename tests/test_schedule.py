@@ -60,8 +60,20 @@ def test_discrete_vp_is_linear_in_log_alpha_between_its_times():
 
 
 def test_discrete_vp_refuses_what_does_not_fall():
-    with pytest.raises(ValueError, match="strictly falling"):
-        DiscreteVP((-0.1, -0.1))
+    for make in (lambda: DiscreteVP((-0.1, -0.1)), lambda: DiscreteVP.linear(num_timesteps=1)):
+        with pytest.raises(ConfigError, match="strictly falling"):
+            make()
+    for beta in (0, 1, math.nan):  # 1 is a zero terminal SNR: nothing is left of x_0
+        with pytest.raises(ConfigError, match=rf"beta 1 is {beta}"):
+            DiscreteVP.from_betas([0.1, beta])
+
+
+@pytest.mark.parametrize("n", [10, 100, 1000, 4000])
+def test_discrete_vp_ends_at_its_first_time(n):
+    schedule = DiscreteVP.linear(num_timesteps=n)
+    assert schedule.t_end == 1 / n
+    assert schedule.node(schedule.t_end).alpha ** 2 == pytest.approx(1 - 1e-4, rel=1e-12)
+    assert DiscreteVP.linear(num_timesteps=n, t_end=0.5).t_end == 0.5
 
 
 def test_a_flow_is_straight_and_its_ends_are_left_out():

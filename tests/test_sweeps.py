@@ -150,8 +150,10 @@ def test_a_worker_whose_process_has_not_started_can_be_killed(monkeypatch):
 
 
 def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
-    with pytest.raises(ConfigError, match="n_jobs=-1 is impossible"):
-        list(Processes(-1).launch(obey, ["fine"]))
+    for n_jobs in (-1, 0):
+        with pytest.raises(ConfigError, match=f"n_jobs={n_jobs} is impossible"):
+            list(Processes(n_jobs).launch(obey, ["fine"]))
+    assert list(Processes().launch(obey, [])) == []
     for library, launcher in (("submitit", Submitit()), ("ray", Ray())):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(ConfigError, match=rf"needs the package {library}, which is not installed"):

@@ -178,12 +178,12 @@ def discrete_vp(config: Mapping[str, Any]) -> DiscreteVP:
     else:
         possible = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, or trained_betas"
         raise ConfigError(f"beta_schedule={kind} is not known here; possible: {possible}.")
-    schedule = DiscreteVP.from_betas(betas, t_end=1 / len(betas))
+    schedule = DiscreteVP.from_betas(betas)
     if config["rescale_betas_zero_snr"]:
-        schedule = DiscreteVP(zero_terminal_snr(schedule.log_alphas), t_end=1 / len(betas))
+        schedule = DiscreteVP(zero_terminal_snr(schedule.log_alphas))
     lowest = config["lambda_min_clipped"]
     if schedule.node(1.0).lam < lowest:
-        schedule = DiscreteVP(schedule.log_alphas, t_start=schedule.t_at(lowest), t_end=1 / len(betas))
+        schedule = DiscreteVP(schedule.log_alphas, t_start=schedule.t_at(lowest))
     return schedule
 
 

@@ -148,7 +148,7 @@ def _load(model: Any, path: Path) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"wrap: weights={path} need a torch.nn.Module, but the model is a {type(model).__name__}")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         model.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError) as e:
         raise ConfigError(

@@ -21,7 +21,8 @@ def sinusoids(t: Tensor, channels: int, endpoint: bool, max_period: float = 1000
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q^T k / sqrt(C)) v over tokens; q, k, v and the result [B, heads, C, T], channels before tokens."""
-    q, k, v = (part.transpose(2, 3) for part in (q, k, v))
+    # the fused kernels want a token's channels side by side; the other ones hold the [T, T] matrix, in float32
+    q, k, v = (part.transpose(2, 3).contiguous() for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
 
 

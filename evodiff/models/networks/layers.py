@@ -88,13 +88,15 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm of min(32, channels // 4) groups; gain and bias are applied in the dtype of the input."""
+    """Group norm of min(32, channels // 4) groups, of inputs in half precision in float32, returned in their dtype."""
 
     def __init__(self, channels: int, eps: float):
         super().__init__(min(32, channels // 4), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return F.group_norm(wide, self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class PositionalEmbedding(nn.Module):
