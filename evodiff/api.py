@@ -1,7 +1,7 @@
 """The Python interface: from a model and a solver to images, in one call."""
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Listed, Spacing, grid_for
 from evodiff.guidance import Unguided
 from evodiff.models.pretrained import Pretrained
+from evodiff.models.wrap import sizes
 from evodiff.noise import SeededNoise
 from evodiff.paths import CONFIGS
 from evodiff.plugins import registered
@@ -86,19 +87,25 @@ def sample(
     if (
         not isinstance(seeds, Sequence)
         or not seeds
-        or not all(isinstance(s, Integral) and s in possible for s in seeds)
+        or not all(isinstance(s, Integral) and not isinstance(s, bool) and s in possible for s in seeds)
     ):
         raise ConfigError(
             f"seeds={seeds!r} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
             f"seeds=range(16)."
         )
-    if not (nfe is None or type(nfe) is int) or type(batch) is not int or batch < 1:
+    if not (nfe is None or isinstance(nfe, Integral)) or not isinstance(batch, Integral) or batch < 1:
         raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, batch at least 1.")
+    if not isinstance(denoise_final, bool):
+        raise ConfigError(f"denoise_final={denoise_final!r} is impossible: give True or False.")
+    for name, t in (("t_start", t_start), ("t_end", t_end)):
+        if t is not None and not isinstance(t, Real):
+            raise ConfigError(f"{name}={t!r} is impossible: give a number, or None for the schedule's own.")
     if dtype not in DTYPES.values():
         raise ConfigError(f"dtype={dtype!r} is impossible: give torch.float64 or torch.float32.")
     if labels is not None:
         labels = _labels(labels, len(seeds), model.num_classes)
     if nfe is not None:
+        nfe = int(nfe)  # also one of numpy's
         solver = solver.for_budget(nfe - denoise_final)
     schedule = model.denoiser(None).schedule
     nodes = grid_for(nfe, solver, spacing, schedule, denoise_final=denoise_final, t_start=t_start, t_end=t_end)
@@ -219,7 +226,6 @@ def _pretrained(
             f"a {type(model).__name__} is no denoiser with a schedule. Make a model of it: evodiff.wrap(network, "
             f"shape=..., predicts=..., schedule=...)."
         )
-    if shape is None or len(shape) != 3:
+    if shape is None:
         raise ConfigError("a denoiser does not tell the size of its samples: give shape=(channels, height, width).")
-    channels, height, width = shape
-    return Pretrained(lambda labels: model, (channels, height, width), device=torch.device(device_for(device or "cpu")))
+    return Pretrained(lambda labels: model, sizes(shape), device=torch.device(device_for(device or "cpu")))

@@ -27,6 +27,8 @@ class Row:
         fields = dict(content) if isinstance(content, Mapping) else {"run": content}
         if unknown := sorted(fields.keys() - {"run", "nfe", "at", "published"}):
             raise ConfigError(f"row {name}: {', '.join(unknown)} is no key; possible: run, nfe, at, published")
+        if not isinstance(fields.get("run"), Sequence) or isinstance(fields["run"], str):
+            raise ConfigError(f"row {name}: expected a list of overrides like [solver=ddim], not {fields.get('run')!r}")
         own = tuple(fields.get("at") or ())
         wrong = [entry for entry in (*at, *own) if entry.keys() not in ({"nfe", "run"}, {"above", "run"})]
         if wrong:

@@ -76,6 +76,8 @@ def _named(cfg: DictConfig, choices: Any) -> DictConfig:
     OmegaConf.set_struct(own, False)
     for group, choice in choices.items():
         if group in own and choice:
+            if not isinstance(own[group], DictConfig):
+                raise ConfigError(f"{group}/{choice}.yaml is no mapping of fields: expected `_target_: ...`, ...")
             own[group] = {"name": choice, **own[group]}
     return own
 
@@ -84,6 +86,8 @@ def build(config: Any, *args: Any, **kwargs: Any) -> Any:
     """What a configuration's `_target_` makes of its fields. Raises ConfigError."""
     fields: Any = OmegaConf.to_container(config) if isinstance(config, DictConfig) else dict(config)
     name = fields.pop("name", fields.get("_target_"))
+    if not isinstance(fields.get("_target_"), str):
+        raise ConfigError(f"{name} has no _target_: its configuration must name a class or function to build.")
     try:
         return hydra.utils.instantiate(fields, *args, _convert_="all", **kwargs)
     except HydraException as e:
@@ -103,7 +107,7 @@ def essential(config: Any) -> Any:
     if isinstance(config, Mapping):
         defaults: Mapping[str, inspect.Parameter] = {}
         if "_target_" in config:
-            defaults = inspect.signature(_imported(config["_target_"])).parameters
+            defaults = _parameters(config["_target_"])
         return {
             key: essential(value)
             for key, value in config.items()
@@ -112,12 +116,13 @@ def essential(config: Any) -> Any:
     return [essential(value) for value in config] if isinstance(config, list | tuple) else config
 
 
-def _imported(target: str) -> Any:
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
     try:
-        return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as e:
+        return inspect.signature(pkgutil.resolve_name(target)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError) as e:
         raise ConfigError(
-            f"{target} cannot be imported ({e}). Install its package, or name its folder in PYTHONPATH."
+            f"_target_: {target} is no class or function that can be imported ({e}). Install its package, or name its "
+            f"folder in PYTHONPATH."
         ) from e
 
 
@@ -163,6 +168,8 @@ def _check(root: str, overrides: Sequence[str]) -> None:
             continue
         key = override.key_or_group
         head = key.split(".")[0]
+        if not key:
+            raise ConfigError(f"{text!r} is no override. Expected key=value.")
         if override.is_delete() and key in known:
             raise ConfigError(f"{text} takes away what a run needs. Leave it out, or set {key}=...")
         if (override.is_add() or override.is_force_add()) and "/" not in head and head not in known | {"hydra"}:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.schedule import Node, NoiseSchedule
 
 
@@ -21,7 +21,7 @@ class Denoiser(Protocol):
 
 
 class Counting:
-    """Counts calls: one call is one NFE, guided or not."""
+    """Counts calls: one call is one NFE, guided or not. Raises SamplingError for a result of another shape."""
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
@@ -30,7 +30,14 @@ class Counting:
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         self.nfe += 1
-        return self.denoiser(x, node)
+        D = self.denoiser(x, node)
+        if not isinstance(D, Tensor) or D.shape != x.shape:  # a solver would broadcast it
+            got = f"{list(D.shape)}" if isinstance(D, Tensor) else f"a {type(D).__name__}"
+            raise SamplingError(
+                f"the denoiser was given {list(x.shape)} and returned {got}; expected the data prediction, of "
+                f"the shape of its input."
+            )
+        return D
 
 
 class Clipped:

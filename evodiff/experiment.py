@@ -28,7 +28,7 @@ from evodiff.grid import TimeGrid
 from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import Scorer, files_used, reference_path
+from evodiff.metrics.score import LEAST, Scorer, files_used, reference_path
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import Noise
 from evodiff.paths import resolve
@@ -65,14 +65,14 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     for name in store.lacking():
         print(f"{run.key()}: {name} has no {' and '.join(store.needs)} in it; sampling it anew", file=sys.stderr)
     if not store.missing():
-        save_preview(run, store)
+        save_pictures(job, run, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
     with loaded(run, job.device) as model:
         _make_shards(job, run, model, scorer, store, read)
     if store.missing():
         return False
-    save_preview(run, store)
+    save_pictures(job, run, store)
     return True
 
 
@@ -128,7 +128,7 @@ def _make_shards(
                                 batches.append(batch)
                                 advance(len(batch.seeds))
                         shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
-                        behind(write_shard, run.folder, store, files, shard, claim.pop_all())
+                        behind(write_shard, store, files, shard, claim.pop_all())
             before, missing = missing, store.missing()
 
 
@@ -156,6 +156,12 @@ def check_scorable(job: Job) -> None:
                 f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
                 f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
             )
+        for name in job.scored:
+            if (n := len(job.run.seed_range)) < (least := LEAST.get(name, 2)):
+                raise ConfigError(
+                    f"metrics={name} needs at least {least} images, and these are {n}: seeds={job.run.seeds[0]}-"
+                    f"{job.run.seeds[1]}. Ask for more, or leave {name} out."
+                )
         scorer = Scorer(job.protocol, job.device, job.scored)
         if store_of(job).missing():
             with loaded(job.run, job.device) as model:
@@ -163,11 +169,15 @@ def check_scorable(job: Job) -> None:
                     scorer.extracted(torch.zeros(1, *model.shape, dtype=torch.uint8))
 
 
-def save_preview(run: Run, store: SampleStore) -> None:
-    """grid.png of a complete run that has none yet, for its last process may have died before it."""
+def save_pictures(job: Job, run: Run, store: SampleStore) -> None:
+    """What a complete run lacks of grid.png and, with save=png, of a file for each image: its last process may have
+    died before it, or the run was made without them."""
     path = run.folder / "grid.png"
     if not path.exists() and len(preview := store.first(PREVIEW)):
         save_grid(path, preview, columns=8)
+    if job.save == "png":
+        for seeds, images in store.batches("seeds", "images"):
+            save_pngs(run.folder / "png", seeds.tolist(), images)
 
 
 def sample_batches(
@@ -235,14 +245,13 @@ def denoiser_for(run: Run, model: Pretrained, labels: Tensor | None) -> Denoiser
 
 @dataclass(frozen=True)
 class MadeShard:
-    """What is to be written of some seeds; `pngs` are the images again, for a file each."""
+    """What is to be written of some seeds."""
 
     seeds: range
     arrays: Mapping[str, np.ndarray]
     nfe: int
     seconds: float
     protocol: str | None
-    pngs: np.ndarray | None
 
 
 def shard_of(
@@ -263,14 +272,12 @@ def shard_of(
         arrays["preview"] = images[:kept]
     protocol = scorer.protocol.hash if scorer is not None else None
     nfe = max(batch.nfe for batch in batches)
-    return MadeShard(seeds, arrays, nfe, seconds, protocol, images if job.save == "png" else None)
+    return MadeShard(seeds, arrays, nfe, seconds, protocol)
 
 
-def write_shard(folder: Path, store: SampleStore, files: Mapping[str, str], shard: MadeShard, claim: ExitStack) -> None:
+def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, claim: ExitStack) -> None:
     """Write it, and let go of the seeds."""
     with claim:
-        if shard.pngs is not None:
-            save_pngs(folder / "png", shard.seeds, shard.pngs)
         store.write(
             shard.seeds,
             shard.arrays,

@@ -101,8 +101,8 @@ class Exact:
 
 
 def check_above_0(value: float, name: str) -> None:
-    if not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"grid: {name}={value} is impossible; possible: numbers above 0")
+    if not isinstance(value, int | float) or not math.inf > value > 0:
+        raise ConfigError(f"grid: {name}={value} is impossible; possible: finite numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class NSR:
 class Optimised:
     """A published list of kappa = sigma/alpha, log-linear between its entries for other numbers of steps.
 
-    The way of Align Your Steps (arXiv 2404.14507). The list keeps its own ends, whatever t_start and t_end are.
+    The way of Align Your Steps (arXiv 2404.14507). The list has its own ends: others are refused.
     """
 
     kappas: tuple[float, ...]
@@ -177,6 +177,11 @@ class Optimised:
             raise ConfigError(f"grid: kappas must be at least two falling numbers above 0, not {list(self.kappas)}")
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        if (t_start, t_end) != (schedule.t_start, schedule.t_end):
+            raise ConfigError(
+                f"grid: a published list has its own ends, so t_start={t_start:g} and t_end={t_end:g} cannot be kept. "
+                f"Leave them out, or choose another grid, like grid=logsnr."
+            )
         high, low = schedule.node(schedule.t_start).kappa, schedule.node(schedule.t_end).kappa
         if self.kappas[0] > high * 1.01 or self.kappas[-1] < low * 0.99:  # published with three digits
             raise ConfigError(
@@ -195,12 +200,17 @@ class Optimised:
 
 @dataclass(frozen=True)
 class Listed:
-    """These falling times, whatever t_start and t_end are: for one number of steps."""
+    """These falling times, for one number of steps. Other ends than theirs, or the schedule's, are refused."""
 
     listed: tuple[float, ...]
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
-        ends(schedule, self.listed[0], self.listed[-1])
+        first, last = ends(schedule, self.listed[0], self.listed[-1])
+        if t_start not in (first, schedule.t_start) or t_end not in (last, schedule.t_end):
+            raise ConfigError(
+                f"grid: the times run from {first:g} to {last:g}, so t_start={t_start:g} and t_end={t_end:g} cannot be "
+                f"kept. Leave them out."
+            )
         return list(self.listed)
 
 
@@ -209,7 +219,7 @@ class FromFile:
     """Times from a JSON file, for grids that are computed or optimised (`evodiff gits`, AYS, DMN): a list of falling
     numbers, or a mapping from the number of steps to such a list.
 
-    They must run from t_start to t_end, to three digits: a file made for another schedule is refused. A relative path
+    They must run from t_start to t_end, within 1 %: a file made for another schedule is refused. A relative path
     may start at the project's root.
     """
 
@@ -246,9 +256,9 @@ def ends(schedule: NoiseSchedule, t_start: float | None, t_end: float | None) ->
     """The times between which to integrate: the schedule's own unless given. Raises ConfigError for impossible ones."""
     t_start = schedule.t_start if t_start is None else t_start
     t_end = schedule.t_end if t_end is None else t_end
-    if not t_start > t_end > 0:
+    if not math.inf > t_start > t_end > 0:
         raise ConfigError(
-            f"t_start={t_start} must be above t_end={t_end}, and t_end above 0; for a last step to 0 set "
+            f"t_start={t_start} must be above t_end={t_end}, t_end above 0, and both finite; for a last step to 0 set "
             f"denoise_final=true"
         )
     if isinstance(schedule, VariancePreserving) and t_start > 1:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from evodiff.errors import ConfigError
 
-ROOT = Path(os.environ.get("EVODIFF_ROOT", Path(__file__).resolve().parent.parent)).absolute()
+ROOT = Path(os.environ.get("EVODIFF_ROOT") or Path(__file__).resolve().parent.parent).expanduser().absolute()
 CONFIGS = ROOT / "configs"
 CHECKPOINTS = ROOT / "checkpoints"
-RESULTS = Path(os.environ.get("EVODIFF_RESULTS", ROOT / "results")).absolute()
+RESULTS = Path(os.environ.get("EVODIFF_RESULTS") or ROOT / "results").expanduser().absolute()
 
 
 def resolve(path: str | Path) -> Path:

@@ -114,6 +114,10 @@ class Table:
         for key in ("limit", "repeats"):
             if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
                 raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
+        if not isinstance(content["rows"], dict) or not content["rows"] or content["nfe"] == []:
+            raise ConfigError(
+                f"table {content['name']} has no rows, or no nfe: give rows: {{NAME: [override, ...]}}, nfe: [5]"
+            )
         whole = [fields for fields in (content, *content["rows"].values()) if isinstance(fields, dict)]
         for fields in (*whole, *(at for part in whole for at in part.get("at") or ())):
             if isinstance(fields.get("nfe"), int):
@@ -123,7 +127,13 @@ class Table:
         }
         if (metric := content.get("metric")) is not None and metric not in PAPER_METRICS:
             raise ConfigError(f"metric={metric} is not known; possible: {', '.join(PAPER_METRICS)}.")
-        seeds = tuple(parse_range(text) for text in (content.get("seeds") or ())[: cfg.repeats])
+        ranges = content.get("seeds") or ()
+        if (cfg.repeats or 1) > max(len(ranges), 1):
+            many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
+            raise ConfigError(
+                f"repeats={cfg.repeats} is impossible: the table has {many}. Ask for fewer, or add seeds."
+            )
+        seeds = tuple(parse_range(text) for text in ranges[: cfg.repeats])
         where = (cfg.device, seeds, cfg.limit, content.get("published"), metric)
         return cls(content["name"], content["title"], content["base"], rows, build(cfg.tracker), *where)
 

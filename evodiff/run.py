@@ -88,7 +88,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.nfe is not None and (type(self.nfe) is not int or self.nfe < 1):
-            raise ConfigError(f"nfe={self.nfe} is impossible: expected a number of network evaluations, at least 1.")
+            raise ConfigError(
+                f"nfe={self.nfe} is impossible: expected a whole number of network evaluations, at least 1."
+            )
 
     @property
     def computing(self) -> tuple[str, bool, bool, bool]:
@@ -121,7 +123,11 @@ class Run:
         """The solver and the grid of this run on a model. Raises BudgetError if the NFE cannot be spent exactly."""
         threshold_of(self.threshold, latent=model.decode is not None)
         build(self.guidance)
-        solver: Solver = build(self.solver)
+        solver = build(self.solver)
+        if not isinstance(solver, Solver):
+            raise ConfigError(
+                f"solver={self.solver['name']} builds a {type(solver).__name__}, which is no evodiff solver."
+            )
         if solver.stochastic and self.noise == "legacy":
             raise ConfigError(
                 f"noise=legacy replays start noise only, and solver={self.solver['name']} draws more: set noise=seeded"

@@ -1,6 +1,7 @@
 """evodiff.sample: the images of `evodiff run`, and an answer to what cannot be."""
 
 import doctest
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -178,6 +179,16 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"solver": None}, "solver=None is impossible"),
         ({"guidance": 2.0}, "guidance=2.0 is impossible: give the name of a guidance, or an object"),
         ({"guidance": ClassifierFree}, "guidance=<class .*ClassifierFree'> is impossible"),
+        ({"seeds": [True]}, "is impossible: give at least one number from 0 on"),
+        ({"denoise_final": 3}, "denoise_final=3 is impossible"),
+        ({"denoise_final": "false"}, "denoise_final='false' is impossible"),
+        ({"t_start": "5"}, "t_start='5' is impossible"),
+        ({"t_start": math.inf}, "t_start=inf must be above .* and both finite"),
+        ({"nfe": 2.5}, "nfe=2.5 and batch=.* must be whole numbers"),
+        *(
+            ({"model": mixture().denoiser(None), "shape": shape}, "three whole numbers above 0")
+            for shape in ("388", (3.0, 8, 8), (0, 8, 8), (-3, 8, 8), (8, 8))
+        ),
         ({"seeds": [2**64]}, "is impossible: give at least one number from 0 on"),
         ({"labels": [1] * 16}, "16 labels for 16 seeds of a model with 0 classes"),
     ],
@@ -190,6 +201,38 @@ def test_what_cannot_be_is_answered(arguments, message):
 def test_a_budget_that_cannot_be_spent_names_the_nearest():
     with pytest.raises(BudgetError, match="Nearest: nfe=9 or 11"):
         evodiff.sample("mixture", "heun", 10, range(2), denoise_final=True)
+
+
+def test_a_budget_may_be_a_number_of_numpy():
+    for nfe in np.arange(3, 5):
+        assert evodiff.sample("mixture", "ddim", nfe, range(2)).nfe == nfe
+
+
+class Answers:
+    """A denoiser that answers what it is told to."""
+
+    schedule = EDM()
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, x, node):
+        return self.answer(x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda x: x[:, :1], r"\[2, 1, 4, 4\]"),
+        (lambda x: x[:, :1, :1, :1], r"\[2, 1, 1, 1\]"),
+        (lambda x: x[0], r"\[3, 4, 4\]"),
+        (lambda x: None, "a NoneType"),
+        (lambda x: (x, x), "a tuple"),
+    ],
+)
+def test_a_prediction_that_would_be_broadcast_is_refused(answer, said):
+    with pytest.raises(SamplingError, match=rf"was given \[2, 3, 4, 4\] and returned {said}"):
+        evodiff.sample(Answers(answer), "ddim", 2, range(2), shape=(3, 4, 4))
 
 
 def test_named_solvers_take_other_fields():

@@ -36,7 +36,7 @@ def shards(folder):
         (["solver=evodif"], "solver=evodif does not exist. Did you mean evodiff?"),
         (["model=mnist"], "model=mnist does not exist. Did you mean mnist_tiny?"),
         (["nfee=5"], "Did you mean nfe?"),
-        (["nfe=0"], "nfe=0 is impossible: expected a number of network evaluations, at least 1."),
+        (["nfe=0"], "nfe=0 is impossible: expected a whole number of network evaluations, at least 1."),
         (["nfe=ten"], "nfe=ten is impossible"),
         (["seeds=-4"], "seeds=-4 is no range of seeds"),
         (["seeds=9-3"], "seeds=9-3 is empty"),

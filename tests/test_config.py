@@ -2,11 +2,13 @@
 
 import inspect
 import pkgutil
+import shutil
 from importlib import import_module
 
 import pytest
 from omegaconf import OmegaConf
 
+import evodiff.config
 import evodiff.solvers
 from evodiff.config import build, choices, compose, essential, parse_range
 from evodiff.errors import ConfigError
@@ -93,6 +95,36 @@ def test_a_key_that_is_known_may_be_added_to():
     assert compose("run", ["+model.device=cpu", "++nfe=5"]).nfe == 5
 
 
+@pytest.fixture
+def own_solver(tmp_path, monkeypatch):
+    """Writes configs/solver/own.yaml of a copy."""
+    shutil.copytree(evodiff.config.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(evodiff.config, "CONFIGS", tmp_path / "configs")
+    yield (tmp_path / "configs" / "solver" / "own.yaml").write_text
+    evodiff.config._compose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("_target_: [1\nb: {", 'cannot be read: .*/solver/own.yaml", line 2'),
+        ("", "own has no _target_"),
+        ("eta: 0.5\n", "own has no _target_"),
+        ("[1, 2]", "solver/own.yaml is no mapping of fields"),
+        ("_target_: evodiff.schedule.EDM\n", "solver=own builds a EDM, which is no evodiff solver"),
+        ("_target_: evodiff.solvers.ddim\n", "_target_: evodiff.solvers.ddim is no class or function"),
+        ("_target_: evodiff.solvers.ddim.DIM\n", "_target_: evodiff.solvers.ddim.DIM is no class or function"),
+    ],
+)
+def test_a_solver_file_that_is_none_is_answered_in_a_sentence(own_solver, content, message):
+    own_solver(content)
+    with pytest.raises(ConfigError, match=message) as refused:
+        run = Job.compose(["solver=own", "model=mixture", "protocol=none", "nfe=2"]).run
+        run.key()
+        run.plan(build(run.model))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -117,6 +149,7 @@ def test_a_key_that_is_known_may_be_added_to():
         ("+nef=5", "nef is no key of the configuration. Did you mean nfe?"),
         ("++nef=5", "nef is no key of the configuration. Did you mean nfe?"),
         ("+nef.a=5", "nef is no key of the configuration."),
+        ("=3", "'=3' is no override. Expected key=value"),
     ],
 )
 def test_a_typo_names_the_nearest(override, message):

@@ -1,12 +1,13 @@
 """Time grids: their spacing, their budget, and grid files."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from evodiff.errors import BudgetError, ConfigError
-from evodiff.grid import FromFile, Karras, LogSNR, TimeGrid, TimeUniform, grid_for
+from evodiff.grid import FromFile, Karras, Listed, LogSNR, Optimised, TimeGrid, TimeUniform, grid_for
 from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.heun import Heun
@@ -76,10 +77,27 @@ def test_a_variance_preserving_schedule_ends_at_1_and_noise_levels_have_no_last(
     assert grid_for(5, DDIM(), LogSNR(), EDM(), t_start=160.0).nodes[0].sigma == 160
 
 
-@pytest.mark.parametrize(("t_start", "t_end"), [(1.0, 1.0), (0.1, 1.0), (1.0, 0.0), (1.0, -1.0)])
+@pytest.mark.parametrize(("t_start", "t_end"), [(1.0, 1.0), (0.1, 1.0), (1.0, 0.0), (1.0, -1.0), (math.inf, 1.0)])
 def test_an_empty_range_is_refused(t_start, t_end):
     with pytest.raises(ConfigError, match="must be above"):
         grid_for(5, DDIM(), LogSNR(), EDM(), t_start=t_start, t_end=t_end)
+
+
+@pytest.mark.parametrize("ends", [{"t_start": 5.0}, {"t_end": 1.0}, {"t_start": 5.0, "t_end": 1.0}])
+def test_listed_times_have_their_own_ends(ends):
+    published = Optimised((80.0, 10.0, 1.0, 0.002))
+    assert [node.t for node in grid_for(3, DDIM(), published, EDM()).nodes] == pytest.approx([80, 10, 1, 0.002])
+    for spacing in (published, Listed((80.0, 10.0, 0.5, 0.1))):
+        with pytest.raises(ConfigError, match="cannot be kept. Leave them out"):
+            grid_for(3, DDIM(), spacing, EDM(), **ends)
+    own = grid_for(3, DDIM(), Listed((70.0, 10.0, 0.5, 0.1)), EDM(), t_start=70.0, t_end=0.1)
+    assert [node.t for node in own.nodes] == [70, 10, 0.5, 0.1]
+
+
+@pytest.mark.parametrize("rho", [0.0, -7.0, math.inf, math.nan])
+def test_karras_needs_a_finite_exponent(rho):
+    with pytest.raises(ConfigError, match="finite numbers above 0"):
+        Karras(rho)
 
 
 class Fixed:

@@ -85,6 +85,8 @@ def test_wrong_dimension_one_image_and_foreign_files_are_refused(tmp_path):
         Moments.zeros(3).add(features(2, 4))
     with pytest.raises(MetricError, match="3 and 4"):
         Moments.zeros(3) + Moments.zeros(4)
+    with pytest.raises(MetricError, match="moments of a and of b cannot be added"):
+        Moments.zeros(3, "a") + Moments.zeros(3, "b")
     with pytest.raises(MetricError, match="at least 2 images, and there is 1"):
         Moments.of(features(1, 3)).cov  # noqa: B018
     np.savez(tmp_path / "other.npz", mu=1)

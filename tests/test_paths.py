@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pipelines
@@ -54,6 +55,14 @@ def test_a_pipeline_with_its_prompts(project):
     model = latent("sd", prompts="prompts.txt")
     assert model.num_classes == 2
     assert "prompts.txt" in model.files and any("unet" in name for name in model.files)
+
+
+@pytest.mark.parametrize(("given", "meant"), [("", "results"), ("~/kept", "~/kept")])
+def test_an_empty_variable_is_none_and_a_tilde_the_home(given, meant):
+    code = "from evodiff.paths import RESULTS, ROOT; print(RESULTS, ROOT, sep=chr(10))"
+    told = {**os.environ, "EVODIFF_RESULTS": given, "EVODIFF_ROOT": ""}
+    out = subprocess.run([sys.executable, "-c", code], env=told, check=True, capture_output=True, text=True).stdout
+    assert out.splitlines() == [str(paths.ROOT / Path(meant).expanduser()), str(paths.ROOT)]
 
 
 def test_a_relative_results_folder_stays_where_it_was_when_the_program_changes_its_own(tmp_path):

@@ -199,6 +199,23 @@ def test_png_is_the_image_of_its_seed(run, results):
     assert (np.stack([np.asarray(Image.open(path)) for path in files]) == images[:, 0]).all()
 
 
+def test_pngs_are_also_made_of_a_run_that_is_there(run, results):
+    assert run("metrics=[fid]")[0] == 0
+    assert not (folder_of(results) / "png").exists()
+    assert run("metrics=[fid]", "save=png")[0] == 0
+    images = np.concatenate([a["images"] for a in arrays_of(results)])
+    files = sorted((folder_of(results) / "png").iterdir())
+    assert (np.stack([np.asarray(Image.open(path)) for path in files]) == images[:, 0]).all() and len(files) == 24
+    files[3].unlink()
+    assert run("metrics=[fid]", "save=png")[0] == 0 and files[3].exists()
+
+
+def test_pngs_of_a_run_that_kept_no_images_are_refused(run):
+    assert run(*FEATURES)[0] == 0
+    code, _, err = run("metrics=[fid]", "save=png")
+    assert code == 1 and "was written without images" in err
+
+
 def test_the_reference_may_lie_in_shards_of_another_size(run, results):
     sizes = ["metrics=[rmse,sw]", REFERENCE]
     assert run(*sizes)[0] == 0
@@ -218,6 +235,11 @@ def test_the_reference_may_lie_in_shards_of_another_size(run, results):
             ["save=none"],
             "save=none keeps no images, and these metrics are taken from images: contrast. Set metrics=[fid,rmse]",
         ),
+        (["metrics=[fid,kid]"], "metrics=kid needs at least 1000 images, and these are 24: seeds=0-23."),
+        (["metrics=[is]", "seeds=3-11"], "metrics=is needs at least 10 images, and these are 9: seeds=3-11."),
+        (["metrics=[curve]"], "metrics=curve needs at least 5000 images"),
+        (["metrics=[limit]", "seeds=0-18"], "metrics=limit needs at least 20 images"),
+        (["metrics=[pr]", "seeds=0-2"], "metrics=pr needs at least 4 images"),
         (["save=grid", "reference_run=null"], "taken from images: contrast. Set metrics=[fid,rmse]"),
     ],
 )

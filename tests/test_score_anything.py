@@ -77,6 +77,37 @@ def test_moments_of_shards_add_up_to_the_score(digits, tmp_path, capsys):
         assert found["fd_mnist@100"] == pytest.approx(score([digits], MNIST)["fd_mnist@100"], rel=1e-6)
 
 
+def test_moments_are_scored_by_the_features_they_are_of(digits, tmp_path, capsys):
+    path, total, other = (tmp_path / f"{name}.npz" for name in ("moments", "total", "other"))
+    np.savez(tmp_path / "shard.npz", images=digits.numpy())
+    assert score_path_main([f"path={tmp_path}/shard.npz", "protocol=mnist", f"moments={path}"]) == 0
+    capsys.readouterr()
+    score_path_main([f"path={path}", "protocol=mnist", "protocol.n=100", "--json"])  # of the same features
+    assert json.loads(capsys.readouterr().out)["metrics"].keys() == {"fd_mnist@100"}
+    for change in ("rounding=truncate", "extractor_sha256=null"):
+        with pytest.raises(
+            MetricError, match=rf"made for|features by .*, but protocol mnist takes .*{change.split('=')[0]}"
+        ):
+            score_path_main([f"path={path}", "protocol=mnist", f"protocol.{change}"])
+    with pytest.raises(ConfigError, match="metrics=fid,kid: moments give fid alone"):
+        score_path_main([f"path={path}", "protocol=mnist", "metrics=fid,kid"])
+    assert score_path_main([f"path={path},{path}", "protocol=mnist", f"moments={total}"]) == 0
+    assert Moments.load(total).n == 200
+    Moments.of(torch.randn(5, 64)).save(other)
+    with pytest.raises(MetricError, match="cannot be added"):
+        score_path_main([f"path={path},{other}", "protocol=mnist"])
+    with pytest.raises(MetricError, match="an unknown network"):
+        score_path_main([f"path={other}", "protocol=mnist"])
+
+
+def test_a_manifest_of_something_else_makes_no_run(digits, tmp_path):
+    folder = save_png(tmp_path / "png", digits)
+    expected = torch.cat(list(read_images(folder, 1)))
+    for content in ("{", "[1]", "{}", '{"shards": 3}', '{"shards": [{"file": "a"}]}'):
+        (folder / "manifest.json").write_text(content)
+        assert torch.equal(torch.cat(list(read_images(folder, 1))), expected)
+
+
 def test_folder_zip_npz_and_run_score_the_same(digits, tmp_path, capsys):
     folder = save_png(tmp_path / "png", digits)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:

@@ -168,8 +168,8 @@ def test_inversion_of_what_cannot_be_inverted(refused, of, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["grid=karras", "grid.rho=-1"], "rho=-1 is impossible; possible: numbers above 0"),
-        (["grid=time_uniform", "grid.power=0"], "power=0 is impossible; possible: numbers above 0"),
+        (["grid=karras", "grid.rho=-1"], "rho=-1 is impossible; possible: finite numbers above 0"),
+        (["grid=time_uniform", "grid.power=0"], "power=0 is impossible; possible: finite numbers above 0"),
         (["grid=nsr", "grid.k=-1"], "k=-1 is impossible; possible: 0"),
         (["grid=ays_sd15", "grid.kappas=[1,2]"], "kappas must be at least two falling numbers above 0"),
         (["grid=file"], "grid.path must be given"),

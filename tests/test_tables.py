@@ -240,6 +240,11 @@ def test_a_table_needs_no_name_but_its_files_and_one_number_is_enough(table_file
     ("content", "message"),
     [
         ("", r"{name} lacks title, base, rows, nfe"),
+        (OWN.replace("{DDIM: [solver=ddim]}", "[solver=ddim]"), "has no rows"),
+        (OWN.replace("{DDIM: [solver=ddim]}", "{}"), "has no rows"),
+        (OWN.replace("nfe: 5", "nfe: []"), "or no nfe"),
+        (OWN.replace("[solver=ddim]}", "solver=ddim}"), "row DDIM: expected a list of overrides"),
+        (OWN.replace("[solver=ddim]}", "{nfe: 5}}"), "row DDIM: expected a list of overrides"),
         ("title: a\nbase: [model=mixture\nnfe: [5]\n", r"cannot be read: .*/table/{name}.yaml\", line 3"),
     ],
 )
@@ -254,4 +259,6 @@ def test_impossible_limits_and_metrics_are_refused():
     with pytest.raises(ConfigError, match="limit=0 is impossible"):
         table_with({}, "limit=0")
     with pytest.raises(ConfigError, match="metric=FIDs is not known"):
-        table_with({}, metric="FIDs")
+        table_with({"A": ["solver=ddim"]}, metric="FIDs")
+    with pytest.raises(ConfigError, match="repeats=2 is impossible: the table has 1 range of seeds"):
+        table_with({"A": ["solver=ddim"]}, "repeats=2")

@@ -217,6 +217,12 @@ def test_the_unconditional_branch_may_have_a_label():
     assert torch.allclose(guided, ratio * (4 + 2 * (torch.tensor([1.0, 3.0]) - 4)))
 
 
+@pytest.mark.parametrize("lacking", [{"num_classes": 6}, {"num_classes": 4, "null_label": 5}])
+def test_labels_that_the_network_has_no_embedding_for_are_refused(lacking):
+    with pytest.raises(ConfigError, match="the model fails on .* IndexError"):
+        evodiff.wrap(Embedded(), **OWN, **lacking)
+
+
 @pytest.mark.parametrize("wrong", [{"null_label": -1}, {"null_label": "4"}, {"null_label": 4, "num_classes": 0}])
 def test_a_null_label_is_a_whole_number_of_a_network_with_classes(wrong):
     with pytest.raises(ConfigError, match="null_label=.* must be a whole number from 0 on, of a network with classes"):
@@ -253,7 +259,7 @@ def test_networks_that_cannot_be_right_are_refused_before_sampling(network, mess
         ({"label": 999}, "label=999 must be a function of a node"),
         ({"label": lambda node: "late"}, "label gives 'late' for the first time"),
         *(({"num_classes": wrong}, "must be a whole number") for wrong in (-1, "10", None)),
-        ({"sample_on": "vp"}, "schedule=vp does not exist"),
+        ({"sample_on": "vp"}, "sample_on=.vp. does not exist"),
         ({"weights": "absent.safetensors"}, "absent.safetensors cannot be loaded"),
         ({"weights": 3}, "weights=3 must be the path of a file"),
         *(({"device": wrong}, f"device={wrong} is not available here") for wrong in ("gpu", None, torch.device("xpu"))),

@@ -247,7 +247,10 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
             )
         node = self._nodes.all[i]
         x = images(sample.to(torch.promote_types(sample.dtype, torch.float32)))
-        out = images(model_output[:, : sample.shape[1]].to(x.dtype))
+        out = model_output[:, : sample.shape[1]]
+        if out.shape != sample.shape:
+            raise SamplingError(f"model_output is {list(model_output.shape)}, but the sample {list(sample.shape)}")
+        out = images(out.to(x.dtype))
         D = self._limited(self.process.data(x, out, node), node)
         if begin + len(self._grid or ()) > i:
             assert self._grid is not None

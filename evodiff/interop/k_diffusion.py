@@ -19,7 +19,7 @@ from torch import Tensor
 from evodiff.api import named_solver
 from evodiff.config import choices
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
 from evodiff.interop import images
 from evodiff.noise import Noise
@@ -137,6 +137,8 @@ class _Model:
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         state = x.reshape(self.like.shape).to(self.like.dtype)
         denoised = self.model(state, state.new_full((len(state),), node.sigma), **self.extra_args)
+        if denoised.shape != state.shape:
+            raise SamplingError(f"the model was given {list(state.shape)} and returned {list(denoised.shape)}")
         if not self.announced:
             self.announced = True
             if self.callback is not None:

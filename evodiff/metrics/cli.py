@@ -19,7 +19,7 @@ from evodiff.metrics.images import lossy, read_images
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import Protocol, protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.score import METRICS, Scorer, score_moments
+from evodiff.metrics.score import METRICS, Scorer, score_moments, sum_of
 from evodiff.paths import CHECKPOINTS
 
 USAGE = """evodiff score path=DIR|ZIP|NPZ protocol=NAME [key=value ...] [--json]
@@ -30,7 +30,8 @@ protocol   a name in configs/protocol; protocol.FIELD=VALUE changes a field, and
 metrics    of %s; with commas, default fid
 weights    file of the extractor, instead of the registry's
 moments    NPZ to write the moments to, for adding up with others
-device, batch"""
+device     auto: the GPU if there is one
+batch      images that the extractor sees at once, default 64"""
 
 
 def score_path_main(argv: list[str]) -> int:
@@ -42,15 +43,21 @@ def score_path_main(argv: list[str]) -> int:
     chosen = _protocol(options)
     paths = [Path(p) for p in options["path"].split(",")]
     about: dict[str, Any] = {"path": options["path"], "protocol": chosen.describe()}
+    asked = options["metrics"].strip("[]").replace(" ", "").split(",")
     if all(_is_moments(p) for p in paths):
-        metrics = score_moments((Moments.load(p) for p in paths), chosen)
+        if asked != ["fid"]:
+            raise ConfigError(f"metrics={','.join(asked)}: moments give fid alone. Score the images themselves.")
+        moments = sum_of(map(Moments.load, paths))
+        metrics = score_moments([moments], chosen)
+        if "moments" in options:
+            moments.save(Path(options["moments"]))
     elif len(paths) > 1:
         raise ConfigError("several paths can only be moments; score images from one path at a time")
     else:
         if not paths[0].exists():
             raise ConfigError(f"path={paths[0]} does not exist; give a folder of images, a zip of images or an npz")
         weights = Path(options["weights"]) if "weights" in options else None
-        scorer = Scorer(chosen, options["device"], options["metrics"].strip("[]").replace(" ", "").split(","), weights)
+        scorer = Scorer(chosen, options["device"], asked, weights)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
             scorer.add(images)
         if "moments" in options:
@@ -67,14 +74,14 @@ def score_path_main(argv: list[str]) -> int:
 
 
 def _options(argv: list[str]) -> dict[str, str]:
-    options = {"device": "cpu", "metrics": "fid", "batch": "64"}
+    options = {"device": "auto", "metrics": "fid", "batch": "64"}
     known = {*options, "path", "protocol", "weights", "moments"}
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or (key not in known and not key.startswith("protocol.")):
             raise ConfigError(f"cannot read {argument!r}; there are {', '.join(sorted(known))}, --json")
         options[key] = value
-    if "path" not in options or "protocol" not in options:
+    if not options.get("path") or not options.get("protocol"):
         raise ConfigError("give both path=DIR|ZIP|NPZ and protocol=NAME")
     if not options["batch"].isdecimal() or int(options["batch"]) < 1:
         raise ConfigError(f"batch={options['batch']}: expected a number of images, at least 1")
@@ -118,7 +125,7 @@ def stats_main(argv: list[str]) -> int:
     build.add_argument("--weights", type=Path, help="file of the extractor, instead of the registry's")
     build.add_argument("--root", type=Path, default=CHECKPOINTS / "cache" / "datasets", help="of torchvision's data")
     build.add_argument("--limit", type=int, help="only the first images of a named data set")
-    build.add_argument("--device", default="cpu")
+    build.add_argument("--device", default="auto", help="default: the GPU if there is one")
     build.add_argument("--batch", type=int, default=64)
     build.set_defaults(run=_build)
     inspect = commands.add_parser("inspect", help="say what a file holds, and check it")
@@ -145,6 +152,11 @@ def _build(args: argparse.Namespace) -> int:
     if name is None:
         raise ConfigError("say with --protocol whose extractor and resize the statistics are for")
     chosen = protocol(name)
+    for option in ("limit", "batch"):
+        if (number := getattr(args, option)) is not None and number < 1:
+            raise ConfigError(f"--{option} {number} is impossible: expected at least 1.")
+    if not args.dataset:
+        raise ConfigError(f"name the images: mnist, {', '.join(DATASETS)}, or a folder, zip or npz")
     extract = extractor(chosen.extractor, device_for(args.device), chosen.resize, chosen.scaling, args.weights)
     out = args.out
     if out is None:

@@ -70,13 +70,17 @@ def check_images(images: Tensor, channels: int, size: int | None = None) -> None
 
 def mnist_classifier(weights: Path | None, device: torch.device) -> Extractor:
     """The shipped digit classifier: 64 features and 10 logits of grey 32x32 images."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from evodiff.models.networks.digit_classifier import DigitClassifier
 
     path = weights or CHECKPOINTS / "mnist_classifier" / "classifier.safetensors"
     network = DigitClassifier()
-    network.load_state_dict(load_file(path))
+    try:
+        network.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise ConfigError(f"weights={path} are no digit classifier: {' '.join(str(e).split())[:200]}") from e
     network.requires_grad_(False).eval().to(device)
     return Extractor(
         "mnist_classifier", sha256(path), 1, network.feature_dim, 10, device, lambda x: Features(*network(x)), size=32

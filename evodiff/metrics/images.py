@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from evodiff.errors import MetricError
@@ -26,12 +26,14 @@ Named = tuple[str, Tensor]
 def read_images(path: Path, channels: int, rounding: str = "round", batch: int = 64) -> Iterator[Tensor]:
     """uint8 [batch, channels, H, W] of all images at `path`, in order of their names.
 
-    A folder with a `manifest.json` is a run of this project; any other is searched to its leaves for image files. An
-    npz holds one array of images, [N, H, W, C], [N, C, H, W] or [N, H, W]; floats must be in 0..255 and are rounded by
-    `rounding`. Raises MetricError, naming the file, for what is empty, corrupt, of another size or number of channels.
+    A folder with a `manifest.json` of shards is a run of this project; any other is searched to its leaves for image
+    files. An npz holds one array of images, [N, H, W, C], [N, C, H, W] or [N, H, W]; floats must be in 0..255 and are
+    rounded by `rounding`. Raises MetricError, naming the file, for what is empty, corrupt, of another size or number of
+    channels.
     """
     if path.is_dir():
-        chunks = _of_run(path, channels, rounding) if (path / "manifest.json").exists() else _of_folder(path, channels)
+        shards = _shards(path)
+        chunks = _of_folder(path, channels) if shards is None else _of_run(path, shards, channels, rounding)
     elif path.suffix == ".zip":
         chunks = _of_zip(path, channels)
     elif path.suffix == ".npz":
@@ -83,7 +85,8 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
         image = Image.open(BytesIO(content))
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise MetricError(f"{name} is no readable image: {e}") from e
+        reason = "it is of no known format" if isinstance(e, UnidentifiedImageError) else str(e)
+        raise MetricError(f"{name} is no readable image: {reason}") from e
     if MODES.get(image.mode) != channels:
         expected = "grey" if channels == 1 else "RGB"
         raise MetricError(f"{name} has mode {image.mode}, but this protocol scores 8-bit {expected} images")
@@ -91,11 +94,19 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
     return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
 
 
-def _of_run(path: Path, channels: int, rounding: str) -> Iterator[Named]:
-    shards = json.loads((path / "manifest.json").read_text()).get("shards", [])
-    for shard in sorted(shards, key=lambda s: s["first"]):
-        file = path / f"shard-{shard['first']:06d}.npz"
-        if not file.exists() or sha256(file) != shard["sha256"]:
+def _shards(path: Path) -> dict[int, str] | None:
+    """First seed and sha256 of a run's shards; None for a folder that is no run, whatever its manifest.json is."""
+    try:
+        shards = json.loads((path / "manifest.json").read_text())["shards"]
+        return {int(shard["first"]): str(shard["sha256"]) for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _of_run(path: Path, shards: dict[int, str], channels: int, rounding: str) -> Iterator[Named]:
+    for first, digest in sorted(shards.items()):
+        file = path / f"shard-{first:06d}.npz"
+        if not file.exists() or sha256(file) != digest:
             raise MetricError(f"{file} is not what its manifest promises; run the sampling again")
         yield from _of_npz(file, channels, rounding)
 
@@ -132,6 +143,8 @@ def _as_uint8(array: np.ndarray, path: Path, rounding: str) -> np.ndarray:
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise MetricError(f"{path} holds {array.dtype}; expected uint8, or floats in 0..255")
+    if not array.size:
+        raise MetricError(f"{path} holds no images: its array is of shape {list(array.shape)}")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and 1 < high <= 255):
         raise MetricError(f"{path} holds floats from {low:g} to {high:g}; expected 0..255: scale them, or save uint8")

@@ -23,15 +23,17 @@ class Moments:
 
     Moments of parts add up to the moments of the whole, in any order and grouping, to rounding. Taking the mean out at
     the end costs digits when it is large: the relative error of `cov` is about 1e-16 mean^2 / variance.
+    `made_by` says by what the vectors were made (Protocol.features); only those of one kind add up.
     """
 
     n: int
     total: Tensor
     outer: Tensor
+    made_by: str = ""
 
     @classmethod
-    def zeros(cls, dim: int) -> Self:
-        return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
+    def zeros(cls, dim: int, made_by: str = "") -> Self:
+        return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64), made_by)
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
@@ -65,7 +67,9 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if other.dim != self.dim:
             raise MetricError(f"moments of dimension {self.dim} and {other.dim} cannot be added")
-        return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer)
+        if other.made_by != self.made_by:
+            raise MetricError(f"moments of {self.made_by} and of {other.made_by} cannot be added")
+        return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer, self.made_by)
 
     @property
     def mean(self) -> Tensor:
@@ -86,7 +90,7 @@ class Moments:
     def save(self, path: Path) -> None:
         """Write one npz, whole or not at all."""
         with whole_file(path) as temporary:
-            np.savez(temporary, n=self.n, total=self.total.numpy(), outer=self.outer.numpy())
+            np.savez(temporary, n=self.n, total=self.total.numpy(), outer=self.outer.numpy(), made_by=self.made_by)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -94,8 +98,9 @@ class Moments:
         try:
             with np.load(path) as file:
                 n, total, outer = int(file["n"]), torch.from_numpy(file["total"]), torch.from_numpy(file["outer"])
+                made_by = str(file["made_by"])
         except (OSError, ValueError, KeyError) as e:
-            raise MetricError(f"{path} holds no moments ({e}); expected an npz with n, total and outer") from e
+            raise MetricError(f"{path} holds no moments ({e}); expected an npz with n, total, outer, made_by") from e
         if total.ndim != 1 or outer.shape != (len(total), len(total)) or total.dtype != torch.float64:
             raise MetricError(f"{path} holds no moments: total {tuple(total.shape)}, outer {tuple(outer.shape)}")
-        return cls(n, total, outer)
+        return cls(n, total, outer, made_by)

@@ -12,6 +12,7 @@ BLOCK_BYTES = 128 * 2**20
 """Distances held at one time."""
 PIECE = 4096
 """Rows centred at one time."""
+NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Coverage:
     coverage: float
 
 
-def precision_recall(fake: Tensor, real: Tensor, k: int = 3) -> Coverage:
+def precision_recall(fake: Tensor, real: Tensor, k: int = NEIGHBOURS) -> Coverage:
     """Of features [n, d] of generated and [m, d] of real images. The ball of a point reaches to its k-th neighbour in
     its own set (k = 3 as in torch-fidelity and ADM; the authors of density and coverage use 5).
 

@@ -58,6 +58,8 @@ class Protocol:
                 raise ConfigError(
                     f"protocol {self.name}: {key}={getattr(self, key)!r} is not possible; choose {' or '.join(values)}"
                 )
+        if not isinstance(self.reference, str) or not self.reference:
+            raise ConfigError(f"protocol {self.name}: reference={self.reference!r} names no file; see checkpoints/")
         if not isinstance(self.n, int) or self.n < 2:
             raise ConfigError(f"protocol {self.name}: n={self.n} is not possible; a covariance needs 2 images or more")
 
@@ -69,6 +71,12 @@ class Protocol:
         """8 hex digits of the canonical JSON of all fields."""
         canonical = json.dumps(self.fields(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    @property
+    def features(self) -> str:
+        """What decides the features of an image, in one line: moments that differ in it are not comparable."""
+        deciding = ("extractor", "extractor_sha256", "resize", "scaling", "rounding", "feature_dtype")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in deciding)
 
     def describe(self) -> dict[str, Any]:
         """All fields and the hash, as plain data for a record."""

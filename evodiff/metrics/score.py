@@ -12,13 +12,13 @@ from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
-from evodiff.metrics.inception_score import inception_score
-from evodiff.metrics.kid import kid
+from evodiff.metrics.inception_score import SPLITS, inception_score
+from evodiff.metrics.kid import SUBSET_SIZE, kid
 from evodiff.metrics.moments import Moments
-from evodiff.metrics.precision_recall import precision_recall
+from evodiff.metrics.precision_recall import NEIGHBOURS, precision_recall
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
+from evodiff.metrics.uncertainty import LEAST_FOR_A_LIMIT, frechet_infinity, influence, standard_error
 from evodiff.paths import CHECKPOINTS
 
 METRICS = {
@@ -32,6 +32,8 @@ METRICS = {
     "limit": "fid extrapolated to infinitely many images (fid_inf)",
 }
 CURVE = (5_000, 10_000, 25_000, 50_000)
+LEAST = {"is": SPLITS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
+"""Images that a metric needs; the others need 2."""
 _FROM_FEATURES = {"kid", "pr", "curve", "ci", "limit"}
 
 
@@ -56,13 +58,27 @@ def score(
 
 
 def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, float]:
-    """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order."""
+    """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order.
+
+    Raises MetricError for moments of features that another protocol takes.
+    """
+    total = sum_of(parts)
+    if total.made_by != protocol.features:
+        raise MetricError(
+            f"the moments are of features by {total.made_by or 'an unknown network'}, but protocol {protocol.name} "
+            f"takes {protocol.features}. Score with the protocol they were made for, or make them anew."
+        )
+    return {protocol.key("fid", total.n): frechet_distance(total, reference_of(protocol).gaussian)}
+
+
+def sum_of(parts: Iterable[Moments]) -> Moments:
+    """Raises MetricError if there is none, or if they are of different features."""
     total = None
     for part in parts:
         total = part if total is None else total + part
     if total is None:
         raise MetricError("there are no moments to score")
-    return {protocol.key("fid", total.n): frechet_distance(total, reference_of(protocol).gaussian)}
+    return total
 
 
 class Scorer:
@@ -82,7 +98,7 @@ class Scorer:
                 f"{self.extract.dim}: it belongs to another protocol than {protocol.name}"
             )
         self._check_reference()
-        self.moments = Moments.zeros(self.extract.dim)
+        self.moments = Moments.zeros(self.extract.dim, protocol.features)
         self.spatial: Moments | None = None
         self.features = Rows(protocol.n) if _FROM_FEATURES & set(metrics) else None
         self.logits = Rows(protocol.n) if "is" in metrics else None

@@ -12,6 +12,8 @@ from evodiff.metrics.moments import Moments
 
 ROWS = 4096
 """Images looked at together."""
+LEAST_FOR_A_LIMIT = 20
+"""Images, of which the smallest subset is a tenth: two."""
 
 
 def influence(features: Tensor, reference: Gaussian) -> Tensor:
@@ -55,8 +57,8 @@ def frechet_infinity(
     """
     n = len(features)
     smallest = min(smallest, n // 10)
-    if smallest < 2:
-        raise MetricError(f"a limit in N needs at least 20 images, and there are {n}")
+    if n < LEAST_FOR_A_LIMIT:
+        raise MetricError(f"a limit in N needs at least {LEAST_FOR_A_LIMIT} images, and there are {n}")
     draw = np.random.default_rng(seed)
     sizes = np.linspace(smallest, n, points).astype(int)
     subsets = (torch.from_numpy(draw.permutation(n)[:size]) for size in sizes)

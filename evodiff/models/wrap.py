@@ -35,6 +35,7 @@ from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import ContinuousTime, DiscreteTime, NetworkDenoiser, NoiseLevel, process
 from evodiff.models.pretrained import Pretrained
+from evodiff.paths import resolve
 from evodiff.schedule import EDM, DiscreteVP, Node, NoiseSchedule
 
 LARGEST = 10.0
@@ -73,7 +74,7 @@ def wrap(
     far from the image; eps, v and flow taken for each other often pass. And for arguments that
     cannot be, like a device that this machine lacks (`device` is a name of torch, or auto).
     """
-    channels, height, width = _sizes(shape)
+    channels, height, width = sizes(shape)
     black, white = _ends(data_range)
     missing = [name for name in ("node", "t_at", "t_start", "t_end") if not hasattr(schedule, name)]
     if missing or isinstance(schedule, type):
@@ -86,13 +87,16 @@ def wrap(
         raise ConfigError(
             f"wrap: null_label={null_label!r} must be a whole number from 0 on, of a network with classes, or None"
         )
+    if sample_on not in ("own", "edm"):
+        raise ConfigError(f"wrap: sample_on={sample_on!r} does not exist; possible: own, edm")
     device = torch.device(device_for(device))
     files = {}
     if weights is not None:
         if not isinstance(weights, str | Path):
             raise ConfigError(f"wrap: weights={weights!r} must be the path of a file, or None")
-        _load(model, Path(weights))
-        files[Path(weights).name] = sha256(Path(weights))
+        path = resolve(Path(weights).expanduser())
+        _load(model, path)
+        files[path.name] = sha256(path)
     if isinstance(model, nn.Module):
         model = moved(model.eval().requires_grad_(False), device)
     seen = process(schedule, label or _label_of(schedule), sample_on, (black, white))
@@ -114,17 +118,18 @@ def wrap(
         networks=(model,) if isinstance(model, nn.Module) else (),
     )
     if check:
-        _check(wrapped, predicts)
+        _check(wrapped, predicts, null_label)
     return wrapped
 
 
-def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Channels, height and width. Raises ConfigError for what is not three whole numbers above 0."""
     try:
         channels, height, width = map(operator.index, shape)
     except (TypeError, ValueError):
         channels = height = width = 0
     if min(channels, height, width) < 1:
-        raise ConfigError(f"wrap: shape={shape!r} must be channels, height, width: three whole numbers above 0")
+        raise ConfigError(f"shape={shape!r} must be channels, height, width: three whole numbers above 0")
     return channels, height, width
 
 
@@ -157,13 +162,16 @@ def _load(model: Any, path: Path) -> None:
 
 
 @torch.no_grad()
-def _check(wrapped: Pretrained, predicts: str) -> None:
-    y = torch.zeros(2, dtype=torch.int64, device=wrapped.device) if wrapped.num_classes else None
+def _check(wrapped: Pretrained, predicts: str, null_label: int | None) -> None:
+    # the first and the last label, of which a table of too few embeddings lacks one
+    ends = [0, wrapped.num_classes - 1] + ([null_label] if null_label is not None else [])
+    y = torch.tensor(ends, device=wrapped.device) if wrapped.num_classes else None
     denoise = wrapped.denoiser(y)
     assert isinstance(denoise, NetworkDenoiser)
     schedule, network = denoise.schedule, denoise.network
     random = torch.Generator().manual_seed(0)
-    clean = (2 * torch.rand(2, *wrapped.shape, generator=random) - 1).to(wrapped.device)
+    rows = len(ends) if wrapped.num_classes else 2
+    clean = (2 * torch.rand(rows, *wrapped.shape, generator=random) - 1).to(wrapped.device)
     noise = torch.randn(clean.shape, generator=random).to(wrapped.device)
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
