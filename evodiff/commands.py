@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from evodiff.config import build, choices, compose, compose_hydra, nearest
+from evodiff.config import build, choices, compose, compose_hydra, keys, nearest
 from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.experiment import check_scorable, current_record, sample_run, score_run
@@ -117,6 +117,9 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
         if text := action.do(Job.compose(overrides)):
             print(text)
 
+    for arg in argv:
+        if arg.startswith("--") and "=" in arg and (key := arg.lstrip("-").split("=")[0].split(".")[0]) in keys("run"):
+            raise ConfigError(f"{arg} is no option: {key} is a key of the configuration. Write {arg.lstrip('-')}")
     if any(arg.startswith("-") for arg in argv):
         compose("run", [text for text in overrides if "=" in text])  # misspelt keys get our message, not Hydra's
         with_flags(act, [f"evodiff {name}", *argv])

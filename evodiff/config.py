@@ -160,7 +160,7 @@ def parse_range(text: str) -> range:
 
 def _check(root: str, overrides: Sequence[str]) -> None:
     """Raise ConfigError for what Hydra lets through, or answers with a traceback."""
-    known = _keys(root)
+    known = keys(root)
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -184,7 +184,7 @@ def _check(root: str, overrides: Sequence[str]) -> None:
 
 def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
     """One line on what is wrong with the overrides: Hydra's own words only where nothing better is known."""
-    known = _keys(root)
+    known = keys(root)
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -205,7 +205,7 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _keys(root: str) -> set[str]:
+def keys(root: str) -> set[str]:
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
     assert isinstance(raw, dict)
     groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry if " " not in str(key)}
@@ -222,6 +222,6 @@ def _fields(root: str, overrides: Sequence[str], group: str) -> set[str]:
         choice = value if key == group else choice
     path = CONFIGS / group / f"{choice}.yaml"
     if not path.exists() and (group != "solver" or choice not in registered()):
-        return _keys(root)
+        return keys(root)
     fields = OmegaConf.load(path) if path.exists() else registered()[str(choice)]
     return {f"{group}.{key!s}" for key in fields if key != "_target_"}

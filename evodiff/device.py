@@ -1,6 +1,7 @@
 """The device that computes: by its name, and as records call it."""
 
 import platform
+import textwrap
 from itertools import chain
 
 import torch
@@ -19,7 +20,8 @@ def device_for(name: str | torch.device) -> str:
     try:
         torch.empty(1, device=str(name))
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ConfigError(f"device={name} is not available here ({str(e).splitlines()[0]}). Use device=auto.") from e
+        reason = textwrap.shorten(str(e), 120, placeholder=" ...")  # torch lists all backends there are
+        raise ConfigError(f"device={name} is not available here ({reason}). Use device=auto.") from e
     return str(name)
 
 

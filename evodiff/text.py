@@ -56,7 +56,8 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
         lines.append("|---" + "|---:" * len(table.nfe) + "|")
         missing = "missing" if table.metric is None else "–"
         for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing):
-            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+            name = row.replace("|", r"\|")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
         if any(v.scatter is not None for v in table.verdicts(metric).values()):
             notes.append("± the standard deviation of one run, between sets of seeds or from its own images")
@@ -142,4 +143,6 @@ def commands(table: "Table", cell: "Cell") -> list[str]:
 def tex(text: str) -> str:
     """Text for LaTeX."""
     text = "".join("\\" + c if c in "_%&#$" else c for c in text)
+    for sign in "<>|":
+        text = text.replace(sign, f"${sign}$")
     return text.replace("±", r"$\pm$").replace("†", r"\textsuperscript{\dag}").replace("–", "--")

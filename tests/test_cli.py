@@ -38,6 +38,8 @@ def shards(folder):
         (["nfee=5"], "Did you mean nfe?"),
         (["nfe=0"], "nfe=0 is impossible: expected a whole number of network evaluations, at least 1."),
         (["nfe=ten"], "nfe=ten is impossible"),
+        (["--nfe=6"], "--nfe=6 is no option: nfe is a key of the configuration. Write nfe=6"),
+        (["--solver.eta=1"], "Write solver.eta=1"),
         (["seeds=-4"], "seeds=-4 is no range of seeds"),
         (["seeds=9-3"], "seeds=9-3 is empty"),
         (["noise=loud"], "noise=loud does not exist; possible: seeded, legacy"),

@@ -16,7 +16,7 @@ from evodiff.errors import ConfigError
 from evodiff.inputs import missing_inputs
 from evodiff.pictures import mosaic, save_grid
 from evodiff.report import Failures, Table
-from evodiff.text import show
+from evodiff.text import latex, markdown, show
 
 SMALL = ["table=smoke", "table.nfe=[5,6]"]
 BASE = ["model=mixture", "seeds=0-15", "shard=8", "batch=8"]
@@ -128,6 +128,14 @@ def test_what_cannot_be_scored_is_not_sampled(small, results, capsys):
     assert small(base=with_reference).make() == 1
     assert "nope.npz" in capsys.readouterr().err
     assert not list(results.rglob("shard-*"))
+
+
+def test_names_of_rows_are_text_on_every_page(small):
+    table = small({r"A|b <c> 100%": ["solver=ddim"]})
+    assert table.make() == 0
+    row = next(line for line in markdown(table).splitlines() if "A" in line and "100%" in line)
+    assert row.startswith(r"| A\|b <c> 100% | ")
+    assert r"A$|$b $<$c$>$ 100\% & " in latex(table)
 
 
 def test_failures_are_grouped_and_leave_no_memory_held(capsys, monkeypatch):
