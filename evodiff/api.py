@@ -107,7 +107,7 @@ def sample(
     if nfe is not None:
         nfe = int(nfe)  # also one of numpy's
         solver = solver.for_budget(nfe - denoise_final)
-    schedule = model.denoiser(None).schedule
+    schedule = model.schedule
     nodes = grid_for(nfe, solver, spacing, schedule, denoise_final=denoise_final, t_start=t_start, t_end=t_end)
     solver.check(nodes, model.shape)
 

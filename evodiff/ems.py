@@ -6,7 +6,6 @@ half-log-SNRs, `lambdas` [M + 1], in l.npz.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -189,7 +188,7 @@ def main(argv: list[str]) -> int:
     if given["nodes"] < 2:
         raise ConfigError(f"nodes={given['nodes']} is impossible: differences along a trajectory need at least 2")
     cfg, model, ends = model_of("stats ems", overrides)
-    schedule = model.denoiser(None).schedule
+    schedule = model.schedule
     grid = TimeGrid.at(LogSNR().times(given["nodes"], schedule, *ends), schedule)
     identity = {
         "model": essential(OmegaConf.to_container(cfg.model)),
@@ -212,7 +211,3 @@ def main(argv: list[str]) -> int:
         f"solver=dpm_v3 'solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}'"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

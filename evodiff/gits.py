@@ -9,7 +9,6 @@ The result is a JSON file for `grid=file`: a mapping from the number of steps to
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"steps={given['steps']} is no range: expected first-last or one number, like steps=4-25")
     steps = range(int(low), int(high or low) + 1)
     cfg, model, ends = model_of("gits", overrides)
-    schedule = model.denoiser(None).schedule
+    schedule = model.schedule
     fine = TimeGrid.at(Karras().times(given["fine"], schedule, *ends), schedule)
     found = search(model, fine, steps, given["gamma"], given["metric"], given["samples"], given["batch"])
     out = Path(given["out"] or RESULTS / "grids" / f"gits_{cfg.model.name}.json")
@@ -135,7 +134,3 @@ def main(argv: list[str]) -> int:
         temporary.write_text(json.dumps({str(n): times for n, times in found.items()}, indent=1) + "\n")
     print(f"{out}: grids of {steps.start} to {steps.stop - 1} steps. Use them with grid=file grid.path={out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,7 @@ from evodiff.device import device_for
 from evodiff.errors import ConfigError
 from evodiff.grid import TimeGrid, grid_for
 from evodiff.metrics.distances import AGAINST_REFERENCE, FROM_IMAGES, OF_IMAGES
-from evodiff.metrics.protocol import Protocol, from_dict
+from evodiff.metrics.protocol import ROUNDINGS, Protocol, from_dict
 from evodiff.metrics.score import METRICS
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import LegacyNoise, SeededNoise
@@ -28,7 +28,6 @@ from evodiff.tracking import Tracker
 
 NOISES = {"seeded": SeededNoise, "legacy": LegacyNoise}
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-ROUNDINGS = ("round", "truncate")
 NUMBERS: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "batch": ("images", ("auto",)),
     "shard": ("images", ()),
@@ -138,7 +137,7 @@ class Run:
             self.nfe,
             solver,
             build(self.grid),
-            model.denoiser(None).schedule,
+            model.schedule,
             denoise_final=self.denoise_final,
             t_start=self.t_start,
             t_end=self.t_end,

@@ -65,4 +65,4 @@ def model_of(
     built: Pretrained = build(cfg.model, device=device)
     precision, channels_last, *_ = Run.from_config(cfg).computing
     model = prepared(built, precision, channels_last)
-    return cfg, model, ends(model.denoiser(None).schedule, cfg.t_start, cfg.t_end)
+    return cfg, model, ends(model.schedule, cfg.t_start, cfg.t_end)

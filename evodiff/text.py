@@ -24,7 +24,7 @@ def show(value: float) -> str:
 
 
 def best(table: "Table", metric: str) -> set[tuple[str, int]]:
-    """Cells that are best in their column of more than one; what only describes images has no best."""
+    """Cells that are best in their column; what only describes images has no best."""
     prefix = metric.split("@")[0]
     if prefix in OF_IMAGES:
         return set()

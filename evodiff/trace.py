@@ -16,7 +16,6 @@ The traces of several solvers beside each other show whether one lowers the unce
 import csv
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -228,7 +227,3 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["  " + "".join(f"{column:>22}" for column in columns)]
     lines += ["  " + "".join(f"{getattr(row, column):>22.4g}" for column in columns) for row in rows]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from evodiff.sampling import integrate
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.evodiff import EVODiff
+from evodiff.solvers.evodiff_paper import EVODiffPaper
 from evodiff.solvers.ghvb import GHVB, HeavyBall, ghvb_weights
 from evodiff.solvers.ipndm import IPNDM
 from evodiff.solvers.sde_dpmpp import SDEDPMSolverPP
@@ -70,7 +71,8 @@ def test_order(schedule):
         (lambda: HeavyBall(DDIM()), "base=DDIM is no deterministic multistep"),
         (lambda: HeavyBall(SDEDPMSolverPP()), "base=SDEDPMSolverPP is no deterministic multistep"),
         (lambda: HeavyBall(UniPC()), "base=UniPC has a corrector"),
-        (lambda: HeavyBall(EVODiff()), "base=EVODiff has a corrector"),
+        (lambda: HeavyBall(EVODiff()), "base=EVODiff is no deterministic multistep solver"),
+        (lambda: HeavyBall(EVODiffPaper()), "base=EVODiffPaper has a corrector"),
     ],
 )
 def test_impossible_fields_are_refused(build, message):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from evodiff.denoiser import Denoiser
-from evodiff.schedule import Node
+from evodiff.schedule import Node, NoiseSchedule
 
 
 class Classifier(Protocol):
@@ -35,3 +35,8 @@ class Pretrained:
     device: torch.device = torch.device("cpu")
     classifier: Classifier | None = None
     networks: tuple[nn.Module, ...] = ()
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """On which the denoiser is given its states."""
+        return self.denoiser(None).schedule

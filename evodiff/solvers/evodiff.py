@@ -26,7 +26,7 @@ from torch import Tensor
 from evodiff.denoiser import Denoiser
 from evodiff.grid import Step
 from evodiff.schedule import Node
-from evodiff.solvers.base import Multistep, State
+from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, ddim
 from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
@@ -82,7 +82,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EVODiff(Multistep):
+class EVODiff(Solver):
     """The released rules, hidden ones as fields.
 
     `final`: the last step as released, or a plain Euler (DDIM) step. `fine_grid`: above this many steps zeta has
@@ -92,7 +92,7 @@ class EVODiff(Multistep):
     are plain, r = 1.
     """
 
-    order: int = 2
+    lower_order_final: bool = True
     final: str = "released"
     fine_grid: int = 20
     mu: float = 0.5
@@ -100,7 +100,6 @@ class EVODiff(Multistep):
     zeta: float | None = None
     eta: float | None = None
     balance: bool = True
-    orders = (2,)
 
     def __post_init__(self) -> None:
         check_known(self, "final", ("released", "euler"))
@@ -124,9 +123,7 @@ class EVODiff(Multistep):
         x_t = combine((carry, x), *zip(w, span.images, strict=True))
         return x_t, Seen(span.from_here(m), probe) if probe else ()
 
-    def predict(  # type: ignore[override]
-        self, span: Span, step: Step
-    ) -> tuple[float, Tensor, tuple[Tensor, Tensor] | None]:
+    def predict(self, span: Span, step: Step) -> tuple[float, Tensor, tuple[Tensor, Tensor] | None]:
         """From s, where D is m, to the probe at t: the weights of x and of the images, and (r1, gain)."""
         s, t = step.s, step.t
         m, m0, _ = span.vectors()
@@ -144,7 +141,7 @@ class EVODiff(Multistep):
         gain = unit / probe_ratio(r1, step)
         return carry, x_e + gain * (m - r1 * m0), (r1, gain)
 
-    def correct(self, span: Span, step: Step, r1: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+    def correct(self, span: Span, step: Step, r1: Tensor, gain: Tensor) -> Tensor:
         """What the arrival of `step`, where D is m, lacks: B / zeta in the place of what the probe added to DDIM."""
         m, m0, m1 = span.vectors()
         unit, R = 0.5 * step.t.sigma * inverse_kappa_step(step), log_ratio(step)

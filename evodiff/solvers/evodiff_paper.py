@@ -33,7 +33,6 @@ from evodiff.solvers.linear import combine
 class EVODiffPaper(Multistep):
     """`mu` shifts zeta*; `zeta` and `eta` fix a weight (ablations)."""
 
-    order: int = 2
     mu: float = 0.5
     zeta: float | None = None
     eta: float | None = None
