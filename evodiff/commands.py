@@ -33,7 +33,7 @@ def sample_main(argv: list[str]) -> int:
 
 
 def score_main(argv: list[str]) -> int:
-    if any(arg.startswith("path=") for arg in argv):
+    if any(arg.startswith("path=") for arg in argv) or argv in (["-h"], ["--help"]):
         from evodiff.metrics.cli import score_path_main
 
         return score_path_main(argv)

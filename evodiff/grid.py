@@ -225,6 +225,10 @@ class FromFile:
 
     path: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise ConfigError(f"grid: path={self.path!r} is impossible; expected the name of a JSON file")
+
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         try:
             content = json.loads(resolve(self.path).read_text())

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from evodiff.config import build, choices, compose, compose_hydra
-from evodiff.errors import EvodiffError
+from evodiff.errors import ConfigError, EvodiffError
 from evodiff.launchers import Died, Requeued
 from evodiff.run import Job, Run
 
@@ -66,15 +66,18 @@ def _values(overrides: Sequence[str]) -> list[list[str]]:
     except HydraException:
         return [[text] for text in overrides]  # composing it says what is wrong
     return [
-        [f"{text.partition('=')[0]}={value}" for value in _swept(o)] if o.is_sweep_override() else [text]
+        [f"{text.partition('=')[0]}={value}" for value in _swept(o, text)] if o.is_sweep_override() else [text]
         for o, text in zip(parsed, overrides, strict=True)
     ]
 
 
-def _swept(override: Override) -> Iterable[str]:
+def _swept(override: Override, text: str) -> list[str]:
     if isinstance(pattern := override.value(), Glob):
-        return pattern.filter(choices(override.key_or_group))
-    return override.sweep_string_iterator()
+        return list(pattern.filter(choices(override.key_or_group)))
+    try:
+        return list(override.sweep_string_iterator())
+    except HydraException as e:  # an interval has no list of values
+        raise ConfigError(f"{text} cannot be swept ({e}). Give values, like nfe=5,10 or nfe=range(5,11).") from e
 
 
 def sweep(action: Action, overrides: Sequence[str]) -> int:

@@ -161,6 +161,16 @@ def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
     assert out.startswith("mixture/ddim-nfe5")
 
 
+def test_an_interval_has_no_values_to_sweep(evodiff_command):
+    code, _, err = evodiff_command("run", "-m", *MIXTURE, "nfe=interval(2,3)")
+    assert code == 1 and "nfe=interval(2,3) cannot be swept" in err and err.count("\n") == 1
+
+
+def test_a_schedule_that_is_none_is_answered(evodiff_command):
+    code, _, err = evodiff_command("run", *MIXTURE, "model.schedule=foo")
+    assert code == 1 and "schedule='foo' is no noise schedule" in err
+
+
 def test_a_typo_in_a_sweep_is_found_before_the_first_run(evodiff_command, results):
     code, _, err = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodif", "nfe=5")
     assert code == 1

@@ -168,6 +168,8 @@ def test_inversion_of_what_cannot_be_inverted(refused, of, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["grid=file", "grid.path=null"], "path=None is impossible"),
+        (["grid=file", "grid.path=[80,1]"], "path=[80, 1] is impossible"),
         (["grid=karras", "grid.rho=-1"], "rho=-1 is impossible; possible: finite numbers above 0"),
         (["grid=time_uniform", "grid.power=0"], "power=0 is impossible; possible: finite numbers above 0"),
         (["grid=nsr", "grid.k=-1"], "k=-1 is impossible; possible: 0"),

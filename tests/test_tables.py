@@ -74,9 +74,9 @@ def test_no_run_is_in_two_cells(tables):
             assert places.setdefault(key, place) == place
 
 
-def test_a_table_of_seeds_has_the_cells_of_its_table(tables):
-    """Both begin with the same seeds, so that the runs are the same."""
-    whole = {job.run.key() for job in tables["mnist"].jobs.values()}
+def test_a_table_of_seeds_has_the_cells_of_the_tables_of_one_set(tables):
+    """They begin with the same seeds, so that the runs are the same."""
+    whole = {job.run.key() for name in ("mnist", "mnist_solvers") for job in tables[name].jobs.values()}
     seeds = tables["mnist_seeds"]
     assert {job.run.key() for (_, _, k), job in seeds.jobs.items() if k == 0} <= whole
     assert len(seeds.seeds) == 3

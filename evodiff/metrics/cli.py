@@ -31,7 +31,9 @@ metrics    of %s; with commas, default fid
 weights    file of the extractor, instead of the registry's
 moments    NPZ to write the moments to, for adding up with others
 device     auto: the GPU if there is one
-batch      images that the extractor sees at once, default 64"""
+batch      images that the extractor sees at once, default 64
+
+evodiff score [key=value ...]   without a path, the images of a run of this project: keys as in `evodiff run --help`"""
 
 
 def score_path_main(argv: list[str]) -> int:

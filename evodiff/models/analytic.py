@@ -21,6 +21,11 @@ class GaussianMixture:
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, schedule: NoiseSchedule | None = None):
         self.means, self.stds, self.weights = means, stds, weights
         self.schedule = schedule or EDM()
+        if not hasattr(self.schedule, "node"):
+            raise ConfigError(
+                f"schedule={schedule!r} is no noise schedule; expected an object of evodiff.schedule, in a "
+                f"configuration like model.schedule={{_target_: evodiff.schedule.LinearVP}}"
+            )
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         means = self.means.to(x.device, x.dtype).flatten(1)

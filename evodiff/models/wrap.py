@@ -179,7 +179,7 @@ def _check(wrapped: Pretrained, predicts: str, null_label: int | None) -> None:
         try:
             out = network(x, t)
         except Exception as e:
-            raise ConfigError(f"wrap: the model fails on {where}: {type(e).__name__}: {e}") from e
+            raise ConfigError(f"wrap: the model fails on {where} of float32: {type(e).__name__}: {e}") from e
         wide = (len(x), 2 * x.shape[1], *x.shape[2:])
         if not isinstance(out, Tensor) or out.shape not in (x.shape, wide) or not out.is_floating_point():
             got = f"{list(out.shape)} of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
