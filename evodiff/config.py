@@ -5,7 +5,7 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache
 from typing import Any
 
@@ -205,14 +205,16 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def keys(root: str) -> set[str]:
+@cache
+def keys(root: str) -> frozenset[str]:
+    """The keys of configs/<root>.yaml, those of its groups included."""
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
     assert isinstance(raw, dict)
     groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry if " " not in str(key)}
-    return ({str(key) for key in raw} | groups) - {"defaults", "hydra"}
+    return frozenset(({str(key) for key in raw} | groups) - {"defaults", "hydra"})
 
 
-def _fields(root: str, overrides: Sequence[str], group: str) -> set[str]:
+def _fields(root: str, overrides: Sequence[str], group: str) -> Set[str]:
     """Valid `group.field` keys under the chosen file of a group."""
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
     assert isinstance(raw, dict)

@@ -12,7 +12,6 @@ import evodiff.config
 import evodiff.solvers
 from evodiff.config import build, choices, compose, essential, parse_range
 from evodiff.errors import ConfigError
-from evodiff.report import Table
 from evodiff.run import Job, Run
 from evodiff.solvers.base import Solver
 
@@ -42,12 +41,6 @@ def test_every_grid_builds(name):
 
 
 EDM = OmegaConf.create({"_target_": "evodiff.schedule.EDM"})
-
-
-@pytest.mark.parametrize("name", choices("table"))
-def test_every_table_resolves_to_distinct_runs(name):
-    table = Table.from_config(compose("table", [f"table={name}"]))
-    assert len({job.run.key() for job in table.jobs.values()}) == len(table.jobs)
 
 
 def run_of(*overrides):

@@ -47,7 +47,7 @@ def unloaded(run):
     return Pretrained(lambda labels: SimpleNamespace(schedule=schedule), shape=shape)
 
 
-ALIKE = ("mnist_solvers", "mnist_solvers_1k")
+ALIKE = ("mnist_solvers", "mnist_solvers_1k", "mnist_seeds")
 """Tables with the solvers and budgets of mnist_oracle, on another model."""
 
 
@@ -61,6 +61,12 @@ def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
         assert solver.evaluations(len(grid)) + run.denoise_final == cell.nfe, cell.label
 
 
+@pytest.mark.parametrize("name", choices("table"))
+def test_every_run_of_a_table_is_another(tables, name):
+    table = tables[name]
+    assert len(set(table.keys.values())) == len(table.jobs) > 0
+
+
 def test_no_run_is_in_two_cells(tables):
     """But for EVODiff as released in the tables of its parts, the first seeds of the table of seeds, and the main
     solvers in the table of all."""
@@ -68,7 +74,7 @@ def test_no_run_is_in_two_cells(tables):
     again = ("mnist_solvers", "mnist_parts", "mnist_oracle_parts", "mnist_seeds")
     for table in (table for name, table in tables.items() if name not in again):
         for (row, nfe, k), job in table.jobs.items():
-            key = f"{job.run.model['name']}/{job.run.key()}"
+            key = f"{job.run.model['name']}/{table.keys[row, nfe, k]}"
             place = (table.config, row, nfe, k)
             # the digits of `demo` are those of `mnist`, on fewer seeds
             assert places.setdefault(key, place) == place
