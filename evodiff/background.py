@@ -10,16 +10,20 @@ Made = TypeVar("Made")
 
 
 def one_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """make(item) of every item in order, each made on a thread while the one before is used."""
-    with ThreadPoolExecutor(1) as thread:
-        ready: Future[Made] | None = None
-        for item in items:
-            next_one = thread.submit(make, item)
-            if ready is not None:
-                yield ready.result()
-            ready = next_one
+    """make(item) of every item in order, each made on a thread while the one before is used.
+
+    Left before its end it waits for nothing: the garbage collector may close it while a thread is being started, and
+    waiting for another one there never ends. The thread goes when nobody has its executor.
+    """
+    thread = ThreadPoolExecutor(1)
+    ready: Future[Made] | None = None
+    for item in items:
+        next_one = thread.submit(make, item)
         if ready is not None:
             yield ready.result()
+        ready = next_one
+    if ready is not None:
+        yield ready.result()
 
 
 class OneBehind:

@@ -32,6 +32,22 @@ def test_an_error_in_making_comes_in_its_turn():
         next(values)
 
 
+def test_one_that_is_left_early_waits_for_nothing():
+    """The garbage collector closes it at any moment, also while another thread is being started."""
+    release, ended = threading.Event(), []
+
+    def make(i):
+        if i > 0:
+            release.wait(PATIENCE)
+        ended.append(i)
+
+    values = one_ahead(make, range(3))
+    next(values)
+    values.close()
+    assert ended == [0], "the next is still being made"
+    release.set()
+
+
 def test_nothing_ahead_of_nothing():
     assert list(one_ahead(str, [])) == []
 
