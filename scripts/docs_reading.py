@@ -253,10 +253,10 @@ def _seeds() -> Iterable[str]:
 **Two more sets of 10,000 seeds say nearly the same.** The ± of a single run comes from its own images, each of which
 moves the distance by so much. Between three sets of seeds the distances scatter by {show(between[0])} times that on the
 trained model ({len(model.table.cells)} cells, at 10 evaluations of two sets) and by {show(between[1])} times on the
-oracle ({len(oracle.table.cells)} cells, those at 50 evaluations of two sets). All cells share these sets, so that neither
-ratio is known well. Who is first of all solvers is the same in each set, but for the model at 5 evaluations. On the
-model: {told[0]}, and at 20, of five solvers, `evodiff`. On the oracle: {told[1]}. By the mean of the sets `evodiff` is
-number {", ".join(places)} samplers of the model at 3, 5 and 10 evaluations.
+oracle ({len(oracle.table.cells)} cells, those at 50 evaluations of two sets). All cells share these sets, so that
+neither ratio is known well. Who is first of all solvers is the same in each set, but for the model at 5 evaluations.
+On the model: {told[0]}, and at 20, of five solvers, `evodiff`. On the oracle: {told[1]}. By the mean of the sets
+`evodiff` is number {", ".join(places)} samplers of the model at 3, 5 and 10 evaluations.
 """
 
 
