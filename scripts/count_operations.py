@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from evodiff.checkpoints.registry import Entry, find
@@ -37,7 +38,8 @@ def config_of(entry: Entry) -> dict[str, Any]:
 def counted(network: nn.Module, *inputs: Any, gradient: bool = False) -> float:
     """GFLOP of one call, with the gradient of its sum in the first input if that is wanted."""
     network.eval()
-    with torch.set_grad_enabled(gradient), FlopCounterMode(display=False) as counter:
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with torch.set_grad_enabled(gradient), plain, FlopCounterMode(display=False) as counter:
         image = inputs[0].requires_grad_(gradient).clone()  # the counter can't follow a gradient to a leaf it is given
         out = network(image, *inputs[1:])
         if gradient:

@@ -71,7 +71,8 @@ def registry() -> Mapping[str, Entry]:
 
 @cache
 def _read(path: Path) -> Mapping[str, Entry]:
-    check_checkout()
+    if not path.exists():
+        check_checkout()
     raw = read_yaml(path)
     known = {f.name for f in fields(Entry)}
     entries = {}
