@@ -21,7 +21,7 @@ from evodiff.noise import SeededNoise
 from evodiff.paths import CONFIGS
 from evodiff.plugins import registered
 from evodiff.precision import computing
-from evodiff.run import DTYPES
+from evodiff.runs.run import DTYPES
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
 

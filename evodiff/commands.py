@@ -9,17 +9,19 @@ import hydra
 from omegaconf import DictConfig
 
 from evodiff.config import build, choices, compose, compose_hydra, keys, nearest
-from evodiff.distributed import finish, processes, rank, use_own_gpu
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.experiment import check_scorable, current_record, sample_run, score_run
 from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
-from evodiff.record import Record
-from evodiff.run import Job, store_of
+from evodiff.runs.distributed import finish, processes, rank, use_own_gpu
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.record import Record
+from evodiff.runs.sample import sample_run
+from evodiff.runs.score import check_scorable, current_record, score_run
 from evodiff.sweeps import Action, launch, sweep
+from evodiff.tables.failures import Failures
 
 if TYPE_CHECKING:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
 SWEEP = ("-m", "--multirun")
 
@@ -139,7 +141,7 @@ def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
 
 
 def table_main(argv: list[str]) -> int:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
     name, overrides = table_arguments("table", argv)
     table = Table.of_file(name, overrides)
@@ -167,8 +169,6 @@ def launch_table(table: "Table", launcher: Any) -> int:
 
 def failures_of_inputs(table: "Table") -> list[str]:
     """In a worker: make what the cells read; returns why some of it cannot be had."""
-    from evodiff.report import Failures
-
     failures = Failures()
     table.make_inputs(failures)
     return failures.lines
@@ -187,8 +187,6 @@ def overrides_of(table: "Table") -> list[list[str]]:
 def share_table(table: "Table") -> int:
     """Under torchrun: every rank takes shards of one run after the other; rank 0 scores them and writes the pages, also
     where runs failed. What they read is computed by the first rank that comes. Returns the exit code."""
-    from evodiff.report import Failures
-
     use_own_gpu()
     failures = Failures()
     table.make_inputs(failures)
@@ -205,7 +203,7 @@ def share_table(table: "Table") -> int:
 
 def wandb_main(argv: list[str]) -> int:
     """`evodiff wandb push TABLE [key=value ...]`: show a table's records, also those of runs that ended long ago."""
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
     if argv[:1] != ["push"] or len(argv) < 2:
         raise ConfigError("usage: evodiff wandb push TABLE [tracker.mode=online tracker.project=... key=value ...]")
@@ -220,7 +218,7 @@ def wandb_main(argv: list[str]) -> int:
 
 
 def report_main(argv: list[str]) -> int:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
     table = Table.of_file(*table_arguments("report", argv))
     table.write()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 
 
 def push(content: dict[str, Any]) -> None:
@@ -52,10 +52,10 @@ def chart_key(metric: str) -> str:
 def _wandb_run(content: dict[str, Any], **given: Any) -> Any:
     import wandb
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    (folder := results_folder()).mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
     where = {key: content[key] for key in ("project", "entity", "mode")}
-    return wandb.init(dir=RESULTS, resume="allow", settings=settings, reinit="finish_previous", **where, **given)
+    return wandb.init(dir=folder, resume="allow", settings=settings, reinit="finish_previous", **where, **given)
 
 
 def _forget_older(shown: Any) -> None:

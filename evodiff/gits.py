@@ -22,7 +22,7 @@ from evodiff.files import whole_file
 from evodiff.grid import Karras, TimeGrid
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.progress import progress
 from evodiff.sampling import integrate, start
 from evodiff.schedule import Node
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     schedule = model.schedule
     fine = TimeGrid.at(Karras().times(given["fine"], schedule, *ends), schedule)
     found = search(model, fine, steps, given["gamma"], given["metric"], given["samples"], given["batch"])
-    out = Path(given["out"] or RESULTS / "grids" / f"gits_{cfg.model.name}.json")
+    out = Path(given["out"] or results_folder() / "grids" / f"gits_{cfg.model.name}.json")
     with whole_file(out) as temporary:
         temporary.write_text(json.dumps({str(n): times for n, times in found.items()}, indent=1) + "\n")
     print(f"{out}: grids of {steps.start} to {steps.stop - 1} steps. Use them with grid=file grid.path={out}")

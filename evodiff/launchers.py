@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from typing import Any, ClassVar
 
 from evodiff.errors import ConfigError
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Submitit:
         """Submit all jobs, then wait for them. See Processes.launch."""
         submitit = _library("submitit")
         try:
-            executor = submitit.AutoExecutor(folder=str(RESULTS / "submitit"), cluster=self.cluster)
+            executor = submitit.AutoExecutor(folder=str(results_folder() / "submitit"), cluster=self.cluster)
         except (RuntimeError, ValueError) as e:  # no sbatch on this machine, or a cluster of no such kind
             raise ConfigError(
                 f"hydra.launcher.cluster={self.cluster} is not available here ({_first_line(e)}). On a machine without "

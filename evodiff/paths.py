@@ -8,7 +8,12 @@ from evodiff.errors import ConfigError
 ROOT = Path(os.environ.get("EVODIFF_ROOT") or Path(__file__).resolve().parent.parent).expanduser().absolute()
 CONFIGS = ROOT / "configs"
 CHECKPOINTS = ROOT / "checkpoints"
-RESULTS = Path(os.environ.get("EVODIFF_RESULTS") or ROOT / "results").expanduser().absolute()
+_STARTED_IN = Path.cwd()
+
+
+def results_folder() -> Path:
+    """Where runs and tables are: EVODIFF_RESULTS, from where the program was started, or results/."""
+    return _STARTED_IN / Path(os.environ.get("EVODIFF_RESULTS") or ROOT / "results").expanduser()
 
 
 def resolve(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ from evodiff.errors import ConfigError
 from evodiff.grid import ends
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import prepared
-from evodiff.run import Run
+from evodiff.runs.run import Run
 
 
 def parse(

@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from evodiff.config import build, choices, compose, compose_hydra
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.launchers import Died, Requeued
-from evodiff.run import Job, Run
+from evodiff.runs.job import Job
+from evodiff.runs.run import Run
 
 MOST = 100
 """The highest exit code that counts failures; a shell has its own use for those from 126 on."""

@@ -29,7 +29,7 @@ from evodiff.files import whole_file
 from evodiff.grid import TimeGrid
 from evodiff.models.analytic import GaussianMixture
 from evodiff.noise import SeededNoise
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.precision import products
 from evodiff.sampling import integrate, start
 from evodiff.schedule import Node
@@ -192,7 +192,7 @@ def draw(path: Path, traces: dict[str, list[Row]]) -> None:
 def main(argv: list[str]) -> int:
     """`evodiff trace model=mixture solver=evodiff,ddim [nfe=10] [seeds=0-63] [probes=4] [out=DIR]`."""
     from evodiff.config import compose, parse_range
-    from evodiff.run import Run
+    from evodiff.runs.run import Run
     from evodiff.settings import model_of, parse
 
     defaults = {"solver": "ddim,dpmpp_2m,evodiff", "seeds": "0-63", "probes": 4, "out": None}
@@ -210,7 +210,7 @@ def main(argv: list[str]) -> int:
         x = start(noise, model.shape, grid.nodes[0], model.device)
         with products(run.precision):
             traces[name] = trace(model.denoiser(labels), solver, grid, x, noise, given["probes"])
-    folder = Path(given["out"] or RESULTS / "traces" / f"{cfg.model.name}-nfe{cfg.nfe}")
+    folder = Path(given["out"] or results_folder() / "traces" / f"{cfg.model.name}-nfe{cfg.nfe}")
     write(folder, traces)
     for name, rows in traces.items():
         print(name)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from evodiff.checkpoints.registry import offline
 from evodiff.errors import ConfigError
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 
 if TYPE_CHECKING:
-    from evodiff.record import Record
+    from evodiff.runs.record import Record
 
 MODES = ("offline", "online", "disabled")
 PER_RUN = 15.0
@@ -105,7 +105,7 @@ class WandB:
         if content["mode"] == "online" and offline():
             return "EVODIFF_OFFLINE is set"
         limit = self.timeout + PER_RUN * len(content["runs"])
-        environment = os.environ | {"EVODIFF_RESULTS": str(RESULTS)}
+        environment = os.environ | {"EVODIFF_RESULTS": str(results_folder())}
         if offline():
             environment["WANDB_ERROR_REPORTING"] = "false"  # wandb's own crash reports are sent in every mode
         try:
@@ -129,7 +129,7 @@ class WandB:
 
 def as_run(record: "Record", group: str) -> dict[str, Any]:
     """What W&B shows of one record. Its id is the run's key, so that publishing again adds nothing."""
-    grid = RESULTS / "runs" / record.run["model"]["name"] / record.key / "grid.png"
+    grid = results_folder() / "runs" / record.run["model"]["name"] / record.key / "grid.png"
     return {
         "id": record.key,
         "name": record.key,

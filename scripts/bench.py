@@ -8,6 +8,7 @@ repeats, with quartiles. The networks of EDM's CIFAR-10 size and of ADM's ImageN
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,26 +18,28 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from bench_models import adm256, edm_cifar10, tiny
 from bench_network import NFE, batches, formats, memory_kept, threads, throughput
+from benchmark import Findings, forget_peak, machine, memory, on, seconds, spread
 from torch import Tensor
 
-import evodiff.run
-from evodiff.benchmark import Findings, forget_peak, machine, memory, on, seconds, spread
 from evodiff.device import finished
-from evodiff.experiment import sample_run, score_run
 from evodiff.files import whole_file
 from evodiff.guidance import Classifier
 from evodiff.metrics.score import score
 from evodiff.models.pretrained import Pretrained
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.precision import prepared
-from evodiff.run import DTYPES, Job, store_of
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.run import DTYPES
+from evodiff.runs.sample import sample_run
+from evodiff.runs.score import score_run
 from evodiff.sampling import generate
-from evodiff.throughput import MEASURED
+from evodiff.tables.throughput import measured_file
 
 MAIN = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_3", "evodiff")
 
@@ -108,13 +111,8 @@ CIFAR = {"name": "edm_cifar10_size", "_target_": "bench_models.edm_cifar10"}
 @contextmanager
 def thrown_away() -> Iterator[None]:
     """Runs go to a folder that is removed at the end."""
-    before = evodiff.run.RESULTS
-    with tempfile.TemporaryDirectory() as folder:
-        evodiff.run.RESULTS = Path(folder)
-        try:
-            yield
-        finally:
-            evodiff.run.RESULTS = before
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, EVODIFF_RESULTS=folder):
+        yield
 
 
 def whole_run(job: Job) -> None:
@@ -326,14 +324,15 @@ def main() -> None:
         return
     if unknown := sorted(set(args.parts) - PARTS.keys()):
         parser.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    findings = Findings(RESULTS / "bench", "pipeline", markdown)
+    findings = Findings(results_folder() / "bench", "pipeline", markdown)
     kind = args.device.split(":")[0]
     for part in args.parts or PARTS:
         measured = {"machine": machine(args.device), **PARTS[part](args.device, args.official)}
         findings.add(kind, findings.found.get(kind, {}) | {part: measured})
         print(f"{part}: done", file=sys.stderr)
-    known = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
-    with whole_file(MEASURED) as temporary:
+    path = measured_file()
+    known = json.loads(path.read_text()) if path.exists() else {}
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(known | throughput(findings.found), indent=1) + "\n")
     print(findings.md.read_text())
 

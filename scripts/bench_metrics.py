@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import Findings, forget_peak, machine, memory, on
 from torch import Tensor
 
-from evodiff.benchmark import Findings, forget_peak, machine, memory, on
 from evodiff.compat import import_torchvision
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.inception_score import inception_score
@@ -24,7 +24,7 @@ from evodiff.metrics.kid import kid
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.precision_recall import precision_recall
 from evodiff.metrics.score import Rows
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.verify.metrics import write_random_inception
 
 DIM, CLASSES = 2048, 1008
@@ -32,7 +32,7 @@ DIM, CLASSES = 2048, 1008
 
 def main(parts: list[str], n: int) -> None:
     """Measure the named parts, each into the record as soon as it is there; the others stay as they were recorded."""
-    findings = Findings(RESULTS / "bench", "metrics", _markdown)
+    findings = Findings(results_folder() / "bench", "metrics", _markdown)
     for part in parts:
         name, measure = PARTS[part]
         findings.add(name, {"machine": machine("cpu"), **measure(n)})

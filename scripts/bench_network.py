@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from bench_models import edm_cifar10, tiny
+from benchmark import seconds, spread
 from torch import Tensor
 
-from evodiff.batch_size import automatic, synchronised_clock
-from evodiff.benchmark import seconds, spread
 from evodiff.cpu import SETTINGS, keep_freed_memory
 from evodiff.device import finished
 from evodiff.metrics.features import extractor
@@ -20,7 +19,8 @@ from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import PRECISIONS, prepared
-from evodiff.run import Job
+from evodiff.runs.batch_size import automatic, synchronised_clock
+from evodiff.runs.job import Job
 from evodiff.sampling import generate
 
 NFE = 10

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark import Findings, machine, on
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evodiff.benchmark import Findings, machine, on
 from evodiff.config import build, choices, compose
 from evodiff.device import finished
 from evodiff.errors import BudgetError
 from evodiff.grid import LogSNR, TimeGrid, grid_for
 from evodiff.noise import SeededNoise
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, Node
 from evodiff.solvers.base import Solver
@@ -186,7 +186,7 @@ def main(path: Path | None, device: str, batch: int, repeats: int) -> None:
         "official_commit": code[2] if code else None,
         **{name: measure(dtype, shape, repeats, device, code) for name, dtype in DTYPES.items()},
     }
-    findings = Findings(RESULTS / "bench", "solvers", markdown)
+    findings = Findings(results_folder() / "bench", "solvers", markdown)
     findings.add(device.split(":")[0], measured)
     print(findings.md.read_text())
 

@@ -6,14 +6,13 @@ of the others those are left out whose images are not here.
 
 import sys
 
-from evodiff.config import compose
-from evodiff.contrast import contrast_matched, read_matched, write_matched
-from evodiff.report import Table
-from evodiff.run import store_of
+from evodiff.metrics.contrast import contrast_matched, read_matched, write_matched
+from evodiff.runs.job import store_of
+from evodiff.tables.table import Table
 
 if __name__ == "__main__":
     name, *budgets = sys.argv[1:]
-    table = Table.from_config(compose("table", [f"table={name}"]))
+    table = Table.of_file(name)
     path = table.folder / "matched.csv"
     found = read_matched(path)
     for (row, nfe, k), job in table.jobs.items():

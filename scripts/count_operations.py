@@ -21,7 +21,7 @@ from evodiff.files import whole_file
 from evodiff.models.mnist import mnist_tiny
 from evodiff.models.networks import build
 from evodiff.paths import ROOT
-from evodiff.throughput import OPERATIONS
+from evodiff.tables.throughput import OPERATIONS
 
 MANIFESTS = ROOT / "tests" / "golden" / "network_manifests.json"
 AS_FFHQ = {"afhqv2_edm_ve": "edm-ffhq-64x64-uncond-ve"}

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docs_reading import reading, table_of
+from docs_numbers import table_of
+from docs_reading import reading
 from torch import Tensor
 
-from evodiff import published, text
 from evodiff.api import named_solver
 from evodiff.config import choices
-from evodiff.contrast import Matched, read_matched
 from evodiff.files import whole_file
 from evodiff.grid import LogSNR, grid_for
-from evodiff.paths import RESULTS, ROOT
-from evodiff.report import Table
+from evodiff.metrics.contrast import Matched, read_matched
+from evodiff.paths import ROOT, results_folder
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, Node
+from evodiff.tables import published, text
+from evodiff.tables.table import Table
 from evodiff.verify import orders
 
 DOCS = ROOT / "docs"
@@ -48,7 +49,7 @@ protocol is in [Protocols](protocols.md).
 def results_page() -> str:
     parts = [RESULTS_TOP, reading()]
     for name in choices("table"):
-        folder = RESULTS / "tables" / name
+        folder = results_folder() / "tables" / name
         if name not in ("demo", "smoke") and (folder / "records").is_dir():
             parts.append(section(table_of(name)))
     return "\n".join(parts)

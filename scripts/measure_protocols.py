@@ -25,7 +25,7 @@ from evodiff.metrics.resize import KERNELS, resize
 from evodiff.metrics.score import reference_of
 from evodiff.metrics.uncertainty import frechet_infinity, influence, standard_error
 from evodiff.models.mnist import mnist_tiny
-from evodiff.paths import RESULTS, ROOT
+from evodiff.paths import ROOT, results_folder
 from evodiff.sampling import generate, to_uint8
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.verify.metrics import relative, write_random_inception
@@ -56,7 +56,7 @@ def main() -> None:
         "arithmetic": arithmetic(states),
         "n": number_of_images(states),
     }
-    with whole_file(RESULTS / "bench" / "protocols.json") as path:
+    with whole_file(results_folder() / "bench" / "protocols.json") as path:
         path.write_text(json.dumps(found, indent=1) + "\n")
     text = DOCS.read_text()
     before, after = text.split(START)[0], text.split(END)[1]

@@ -6,14 +6,13 @@ whose images are not here.
 
 import sys
 
-from evodiff.config import compose
-from evodiff.paired import paired, read_paired, scored, write_paired
-from evodiff.report import Table
-from evodiff.run import store_of
+from evodiff.metrics.paired import paired, read_paired, scored, write_paired
+from evodiff.runs.job import store_of
+from evodiff.tables.table import Table
 
 if __name__ == "__main__":
     name, against, *budgets = sys.argv[1:]
-    table = Table.from_config(compose("table", [f"table={name}"]))
+    table = Table.of_file(name)
     path = table.folder / "paired.csv"
     found = read_paired(path)
     for nfe in (nfe for nfe in table.nfe if not budgets or str(nfe) in budgets):

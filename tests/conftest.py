@@ -8,19 +8,15 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: the 
 import pytest
 import torch
 
-import evodiff.experiment
-import evodiff.report
-import evodiff.run
+import evodiff.runs.loaded
 from evodiff.cli import main
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """An empty results folder instead of the project's own, and no model kept from another test."""
-    monkeypatch.setattr(evodiff.experiment, "_kept", {})
-    for module in (evodiff.report, evodiff.run):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))  # for the processes that the command starts
+    monkeypatch.setattr(evodiff.runs.loaded, "_kept", {})
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     return tmp_path
 
 

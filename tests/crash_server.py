@@ -14,10 +14,8 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import evodiff.commands  # noqa: F401  what the children would import
-import evodiff.run
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -26,7 +24,7 @@ def command(folder, arguments):
     """In a child: the exit code, and what was said on standard error."""
     from evodiff.cli import main
 
-    evodiff.run.RESULTS = Path(folder)
+    os.environ["EVODIFF_RESULTS"] = str(folder)
     said = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         code = main(["run", *arguments])

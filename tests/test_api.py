@@ -16,11 +16,11 @@ import evodiff.api
 from evodiff.api import named_solver
 from evodiff.denoiser import Counting
 from evodiff.errors import BudgetError, ConfigError, SamplingError
-from evodiff.experiment import sample_run
 from evodiff.grid import Karras, TimeGrid
 from evodiff.guidance import ClassifierFree
 from evodiff.models.analytic import mixture
-from evodiff.run import Job, store_of
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.sample import sample_run
 from evodiff.schedule import EDM, DiscreteVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.evodiff import EVODiff

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from evodiff import experiment
-from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.errors import SamplingError
 from evodiff.grid import TimeGrid
 from evodiff.models.mnist import mnist_tiny
-from evodiff.run import Job
+from evodiff.runs import sample
+from evodiff.runs.batch_size import automatic, synchronised_clock
+from evodiff.runs.job import Job
 from evodiff.schedule import EDM
 
 
@@ -83,10 +83,8 @@ def test_sizes_are_tried_without_compiling(monkeypatch, results):
     (network,) = model.networks
     network.compile(backend=counter)
     tried = []
-    monkeypatch.setattr(
-        experiment, "automatic", lambda call, *_: tried.extend(call(n).shape[0] for n in (1, 2, 4)) or 4
-    )
+    monkeypatch.setattr(sample, "automatic", lambda call, *_: tried.extend(call(n).shape[0] for n in (1, 2, 4)) or 4)
     grid = TimeGrid.at([80, 0.002], EDM())
-    assert (experiment.batch_for(job, job.run, model, grid), tried, counter.frame_count) == (4, [1, 2, 4], 0)
+    assert (sample.batch_for(job, job.run, model, grid), tried, counter.frame_count) == (4, [1, 2, 4], 0)
     model.denoiser(None)(torch.zeros(4, *model.shape, dtype=torch.float64), grid.nodes[0])
     assert counter.frame_count > 0, "it is compiled for the batches themselves"

@@ -47,7 +47,7 @@ def test_moved_counts_what_is_read_and_written():
 
 def test_every_solver_is_measured_and_the_record_is_whole(rows, tmp_path, monkeypatch):
     assert set(choices("solver")) <= set(rows)
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     monkeypatch.setattr(bench, "measure", lambda *_: rows)
     bench.main(None, "cpu", 4, 2)
     record = json.loads((tmp_path / "bench" / "solvers.json").read_text())

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evodiff.errors import StoreError
-from evodiff.experiment import sample_run
 from evodiff.metrics import score as scoring
 from evodiff.metrics.reference import Reference
 from evodiff.paths import CHECKPOINTS
-from evodiff.run import Job
+from evodiff.runs.job import Job
+from evodiff.runs.sample import sample_run
 
 RUN = ["run", "seeds=0-5", "shard=2", "device=cpu", "metrics=[contrast]"]
 

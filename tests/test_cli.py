@@ -11,10 +11,10 @@ import hydra
 import numpy as np
 import pytest
 
-from evodiff import experiment
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import ROOT
-from evodiff.run import Run
+from evodiff.runs import loaded
+from evodiff.runs.run import Run
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
 
@@ -213,7 +213,7 @@ def test_another_runs_folder_is_refused(evodiff_command, results):
 
 
 def test_nan_from_the_network_names_the_seeds_and_keeps_nothing(evodiff_command, results, monkeypatch):
-    build = experiment.build
+    build = loaded.build
 
     def broken(config, **kwargs):
         model = build(config, **kwargs)
@@ -228,7 +228,7 @@ def test_nan_from_the_network_names_the_seeds_and_keeps_nothing(evodiff_command,
 
         return Pretrained(lambda labels: NaN(), shape=model.shape)
 
-    monkeypatch.setattr(experiment, "build", broken)
+    monkeypatch.setattr(loaded, "build", broken)
     code, _, err = evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")
     assert code == 1
     assert "4 of 4 images are not finite (seeds 0, 1, 2, 3)" in err
@@ -258,13 +258,10 @@ def test_scoring_before_sampling_says_what_to_do(evodiff_command, results):
 
 KILLED = """
 import os, sys
-from pathlib import Path
-from evodiff import report, run
 from evodiff.cli import main
 from evodiff.store import SampleStore
 
-for module in (report, run):
-    module.RESULTS = Path(sys.argv[1])
+os.environ["EVODIFF_RESULTS"] = sys.argv[1]
 write = SampleStore.write
 def write_then_die(self, *args, **kwargs):
     write(self, *args, **kwargs)
@@ -282,7 +279,7 @@ def test_killed_and_resumed_gives_the_same_bytes(evodiff_command, results, tmp_p
     killed = subprocess.run([sys.executable, "-c", KILLED, str(elsewhere), *run], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert len(shards(elsewhere)) == 1
-    monkeypatch.setattr("evodiff.run.RESULTS", elsewhere)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(elsewhere))
     assert evodiff_command("sample", *run)[0] == 0
     assert shards(elsewhere) == whole
 

@@ -12,7 +12,8 @@ import evodiff.config
 import evodiff.solvers
 from evodiff.config import build, choices, compose, essential, parse_range
 from evodiff.errors import ConfigError
-from evodiff.run import Job, Run
+from evodiff.runs.job import Job
+from evodiff.runs.run import Run
 from evodiff.solvers.base import Solver
 
 

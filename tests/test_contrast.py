@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from evodiff.contrast import Matched, contrast_matched, outward, read_matched, write_matched
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, StoreError
+from evodiff.metrics.contrast import Matched, contrast_matched, outward, read_matched, write_matched
 from evodiff.metrics.protocol import protocol
 from evodiff.store import SampleStore
 

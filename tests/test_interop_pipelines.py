@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import evodiff
-from evodiff.experiment import sample_run
 from evodiff.grid import LogSNR
 from evodiff.guidance import ClassifierFree
 from evodiff.models.latent import latent
 from evodiff.noise import SeededNoise
-from evodiff.run import Job, store_of
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.sample import sample_run
 from evodiff.sampling import to_uint8
 from evodiff.schedule import DiscreteVP
 

@@ -12,7 +12,7 @@ from evodiff.errors import ConfigError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import ClassifierFree, Unguided
 from evodiff.models.latent import latent, read_prompts
-from evodiff.run import Job
+from evodiff.runs.job import Job
 from evodiff.sampling import generate
 from evodiff.solvers.dpmpp import DPMSolverPP
 

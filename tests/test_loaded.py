@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evodiff import trajectory
-from evodiff.experiment import sample_run
 from evodiff.models.wrap import wrap
-from evodiff.run import Job
+from evodiff.runs.job import Job
+from evodiff.runs.sample import sample_run
 from evodiff.schedule import EDM
+from evodiff.tables import trajectory
 
 alive: list[weakref.ref] = []
 """Of each network made: itself."""

@@ -9,11 +9,11 @@ import subprocess
 import pytest
 from PIL import Image
 
-from evodiff import published
-from evodiff.chart import chart
 from evodiff.config import compose
 from evodiff.plots import Curve, save_curves
-from evodiff.report import Table
+from evodiff.tables import published
+from evodiff.tables.chart import chart
+from evodiff.tables.table import Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from evodiff.data import mnist_digits
+from evodiff.metrics.paired import Paired, paired, read_paired, scored, write_paired
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.score import score
-from evodiff.paired import Paired, paired, read_paired, scored, write_paired
 from evodiff.store import SampleStore
 
 MNIST = protocol("mnist")

@@ -59,14 +59,14 @@ def test_a_pipeline_with_its_prompts(project):
 
 @pytest.mark.parametrize(("given", "meant"), [("", "results"), ("~/kept", "~/kept")])
 def test_an_empty_variable_is_none_and_a_tilde_the_home(given, meant):
-    code = "from evodiff.paths import RESULTS, ROOT; print(RESULTS, ROOT, sep=chr(10))"
+    code = "from evodiff.paths import ROOT, results_folder; print(results_folder(), ROOT, sep=chr(10))"
     told = {**os.environ, "EVODIFF_RESULTS": given, "EVODIFF_ROOT": ""}
     out = subprocess.run([sys.executable, "-c", code], env=told, check=True, capture_output=True, text=True).stdout
     assert out.splitlines() == [str(paths.ROOT / Path(meant).expanduser()), str(paths.ROOT)]
 
 
 def test_a_relative_results_folder_stays_where_it_was_when_the_program_changes_its_own(tmp_path):
-    code = "import os; from evodiff.paths import RESULTS; os.chdir('/'); print(RESULTS.absolute())"
+    code = "import os; from evodiff.paths import results_folder; os.chdir('/'); print(results_folder())"
     environment = os.environ | {"EVODIFF_RESULTS": "mine", "PYTHONPATH": str(paths.ROOT)}
     pipes = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
     assert subprocess.run([sys.executable, "-c", code], **pipes).stdout == f"{tmp_path / 'mine'}\n"

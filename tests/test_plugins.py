@@ -13,7 +13,7 @@ from evodiff.api import named_solver
 from evodiff.config import choices, compose
 from evodiff.errors import ConfigError
 from evodiff.paths import ROOT
-from evodiff.run import Run
+from evodiff.runs.run import Run
 from evodiff.solvers.base import Solver
 from evodiff.solvers.exponential import ddim
 

@@ -9,21 +9,21 @@ import torch
 from torch import nn
 
 import evodiff
-from evodiff import experiment, settings
-from evodiff.config import build
+from evodiff import settings
 from evodiff.errors import ConfigError
-from evodiff.experiment import sample_run
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import Classifier
 from evodiff.models.analytic import GaussianMixture
 from evodiff.models.mnist import mnist_tiny
 from evodiff.models.pretrained import Pretrained
 from evodiff.precision import computing, prepared, products
-from evodiff.run import Job, store_of
+from evodiff.runs import loaded
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.sample import sample_run
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM
 from evodiff.solvers.ddim import DDIM
-from evodiff.trajectory import trajectory
+from evodiff.tables.trajectory import trajectory
 
 WAYS = ([], ["precision=bf16"], ["channels_last=true"], ["compile=true"], ["compile=true", "cuda_graphs=true"])
 NODE = EDM().node(1.0)
@@ -207,7 +207,7 @@ def test_fp32_is_no_tf32_in_a_run(noting, results, monkeypatch):
     model, notes = noting
     guided = ["solver=ddim", "guidance=classifier"]
     job = Job.compose(["model=mnist_tiny", "protocol=none", "nfe=2", "seeds=0-1", *guided])
-    monkeypatch.setattr(experiment, "build", lambda config, **_: model if config is job.run.model else build(config))
+    monkeypatch.setattr(loaded, "build", lambda config, **_: model)
     assert sample_run(job)
     assert set(notes) == BOTH_WAYS and len(notes) == 2 * 3 + 1
     assert legacy() == (True, True, "high")

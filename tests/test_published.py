@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evodiff.errors import ConfigError
-from evodiff.published import (
+from evodiff.tables.published import (
     FOLDER,
     MEAN_ABOVE_MIN_OF_3,
     MIN_OF_3,
@@ -18,7 +18,7 @@ from evodiff.published import (
     read,
     unmatched,
 )
-from evodiff.text import ours_and_paper
+from evodiff.tables.text import ours_and_paper
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.csv"))
 

@@ -14,8 +14,8 @@ from evodiff.cli import COMMANDS
 from evodiff.config import build, choices, compose
 from evodiff.data import mnist_digits
 from evodiff.paths import ROOT
-from evodiff.report import Table
-from evodiff.throughput import known_rates
+from evodiff.tables.table import Table
+from evodiff.tables.throughput import known_rates
 
 README = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"^evodiff (\w+)((?: [^\s#]+)*)", re.M)
@@ -106,7 +106,7 @@ def test_the_error_of_the_converged_solution():
 
 
 def test_the_cost_of_a_table_is_from_throughputs():
-    table = Table.from_config(compose("table", ["table=cifar10_edm"]))
+    table = Table.of_file("cifar10_edm")
     todo = sum(len(job.run.seed_range) * job.run.nfe for job in table.jobs.values())
     measured = json.loads((ROOT / "results" / "bench" / "throughput.json").read_text())
     benchmark = json.loads((ROOT / "results" / "bench" / "pipeline.json").read_text())

@@ -10,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from evodiff import published, report, text, trajectory
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
-from evodiff.inputs import missing_inputs
 from evodiff.pictures import mosaic, save_grid
-from evodiff.report import Failures, Table
-from evodiff.text import latex, markdown, show
+from evodiff.tables import published, text, trajectory
+from evodiff.tables import table as table_module
+from evodiff.tables.failures import Failures
+from evodiff.tables.inputs import missing_inputs
+from evodiff.tables.table import Table
+from evodiff.tables.text import latex, markdown, show
 
 SMALL = ["table=smoke", "table.nfe=[5,6]"]
 BASE = ["model=mixture", "seeds=0-15", "shard=8", "batch=8"]
@@ -72,7 +74,7 @@ def test_rmse_is_to_the_converged_run_of_the_same_seeds(small):
     table.make()
     ((job, reference),) = table.references.values()
     from evodiff.metrics.distances import rmse
-    from evodiff.run import store_of
+    from evodiff.runs.job import store_of
 
     assert rmse(store_of(job, reference), store_of(job, reference)) == 0
     a, b = (np.concatenate([x for (x,) in store_of(job, run).batches("x")]) for run in (None, reference))
@@ -111,9 +113,9 @@ def out_of_memory(*_):
 @pytest.mark.parametrize("stage", ["sample_run", "score_run"])
 def test_an_unexpected_error_does_not_end_the_table_either(small, results, capsys, monkeypatch, stage):
     table = small()
-    does, failing = getattr(report, stage), table.cells["DDIM", 5].jobs[0]
+    does, failing = getattr(table_module, stage), table.cells["DDIM", 5].jobs[0]
     monkeypatch.setattr(
-        report, stage, lambda job, run: (out_of_memory if (job, run) == (failing, None) else does)(job, run)
+        table_module, stage, lambda job, run: (out_of_memory if (job, run) == (failing, None) else does)(job, run)
     )
     assert table.make() == 1
     out, err = capsys.readouterr()

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evodiff import experiment
 from evodiff.config import build
+from evodiff.metrics import score as metrics_score
 from evodiff.metrics.distances import recut
 from evodiff.metrics.score import Scorer
-from evodiff.run import Job
+from evodiff.runs import loaded
+from evodiff.runs.job import Job
+from evodiff.runs.sample import sample_batches, sample_run
+from evodiff.runs.score import score_run
 
 RUN = ["solver=ddim", "nfe=2", "seeds=0-23", "shard=10", "batch=7", "device=cpu"]
 REFERENCE = "reference_run=['solver=ddim','nfe=3']"
@@ -58,7 +61,7 @@ def test_features_alone_give_the_score_that_the_images_give(run, results):
 def test_the_extractor_is_given_as_many_images_at_once_while_sampling_as_while_scoring(run, monkeypatch):
     sizes, extracted = [], Scorer.extracted
     monkeypatch.setattr(Scorer, "extracted", lambda self, images: sizes.append(len(images)) or extracted(self, images))
-    monkeypatch.setattr(experiment, "EXTRACTED_AT_ONCE", 4)
+    monkeypatch.setattr(metrics_score, "AT_ONCE", 4)
     assert run(*FEATURES)[0] == 0
     assert sizes == [1, *[4, 3, 3] * 2, 4], "one to see, then batches of 7 in shards of 10, the last of 4"
 
@@ -66,7 +69,7 @@ def test_the_extractor_is_given_as_many_images_at_once_while_sampling_as_while_s
 def test_a_state_that_is_not_kept_is_not_held(results):
     job = Job.compose(["model=mixture", "protocol=none", "metrics=[]", *RUN])
     model = build(job.run.model, device="cpu")
-    made = next(experiment.sample_batches(job, job.run, model, *job.run.plan(model), range(7)))
+    made = next(sample_batches(job, job.run, model, *job.run.plan(model), range(7)))
     assert not job.keeps_states and made.x.untyped_storage().nbytes() == 0
 
 
@@ -76,21 +79,17 @@ def test_states_alone_need_no_decoder_and_keep_no_images(results, monkeypatch):
     def refused(x):
         raise AssertionError("nobody looks at these images")
 
-    real = experiment.build
-    monkeypatch.setattr(
-        experiment, "build", lambda cfg, **at: replace(real(cfg, **at), decode=refused) if at else real(cfg)
-    )
+    real = loaded.build
+    monkeypatch.setattr(loaded, "build", lambda cfg, **at: replace(real(cfg, **at), decode=refused))
     common = ["model=mixture", "protocol=none", "metrics=[rmse]", REFERENCE, *RUN]
     job = Job.compose([*common, "save=none"])
     for run in (None, job.reference_run):
-        experiment.sample_run(job, run)
+        sample_run(job, run)
     (path, *_) = sorted(job.run.folder.glob("shard-*.npz"))
     assert set(np.load(path)) == {"seeds", "x"}
-    assert experiment.score_run(job).metrics["rmse@24"] > 0
+    assert score_run(job).metrics["rmse@24"] > 0
     with pytest.raises(AssertionError, match="nobody looks"):
-        experiment.sample_run(
-            Job.compose([*common, "save=none", "seeds=30-40", "protocol=mnist", "metrics=[fid,rmse]"])
-        )
+        sample_run(Job.compose([*common, "save=none", "seeds=30-40", "protocol=mnist", "metrics=[fid,rmse]"]))
 
 
 def test_states_are_kept_only_where_a_metric_compares_them(run, results):

@@ -7,14 +7,14 @@ import subprocess
 
 import pytest
 
-from evodiff import throughput
 from evodiff.config import compose
 from evodiff.errors import ConfigError
 from evodiff.paths import ROOT
-from evodiff.report import Table
-from evodiff.run import Job
-from evodiff.status import cost, lines_of, missing_files
-from evodiff.throughput import passes
+from evodiff.runs.job import Job
+from evodiff.tables import throughput
+from evodiff.tables.status import cost, lines_of, missing_files
+from evodiff.tables.table import Table
+from evodiff.tables.throughput import passes
 
 UNKNOWN = "hours unknown: no throughput of mixture is recorded, nor of a network like it"
 
@@ -23,8 +23,8 @@ UNKNOWN = "hours unknown: no throughput of mixture is recorded, nor of a network
 def measured(tmp_path, results, monkeypatch):
     """Nothing is fetched or measured but what it is called with."""
     monkeypatch.setenv("EVODIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(throughput, "MEASURED", tmp_path / "throughput.json")
-    return lambda rates: throughput.MEASURED.write_text(json.dumps(rates))
+    throughput.measured_file().parent.mkdir()
+    return lambda rates: throughput.measured_file().write_text(json.dumps(rates))
 
 
 def table(name="smoke", *overrides, **changes):

@@ -47,7 +47,7 @@ def test_a_dying_process_costs_its_own_job_only(n_jobs):
 )
 def test_a_dying_process_costs_its_own_job_only_elsewhere(library, launcher, tmp_path, monkeypatch):
     pytest.importorskip(library)
-    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # their workers must find this file
     *died, last = outcomes(launcher, [*ABRUPT, "last"])
     assert last == "last done"
@@ -93,7 +93,7 @@ def test_slurm_has_one_array_and_a_dying_job_costs_itself_only(tmp_path, monkeyp
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     monkeypatch.setattr(SlurmJob.watcher, "_delay_s", 1)
     launcher = Submitit(partition="gpu", gpus_per_node=1, array_parallelism=2, additional_parameters={"nice": 5})
     *died, last = outcomes(launcher, [*ABRUPT, "last"])
@@ -163,7 +163,7 @@ def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
 @pytest.mark.parametrize("cluster", ["slurm", "slrum"])
 def test_without_slurm_another_launcher_is_named(cluster, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
-    monkeypatch.setattr(launchers, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))  # without srun
     with pytest.raises(ConfigError, match=f"cluster={cluster} is not available here .*hydra/launcher=joblib"):
         list(Submitit(cluster=cluster).launch(obey, ["fine"]))
@@ -269,7 +269,6 @@ def test_a_job_that_makes_room_is_left_by_its_exit(results, monkeypatch):
 @pytest.mark.slow
 def test_a_preempted_job_starts_again_and_ends_well(results, monkeypatch, capsys):
     pytest.importorskip("submitit")
-    monkeypatch.setattr(launchers, "RESULTS", results)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     jobs = [[*MIXTURE, "solver=ddim", "nfe=5"]]
     assert launch(Action(preempted, whether_done), jobs, Submitit(cluster="local", timeout_min=60)) == 0

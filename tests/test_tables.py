@@ -13,8 +13,8 @@ from evodiff.errors import ConfigError
 from evodiff.models.loading import scaled_linear_betas, schedule_of
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import CONFIGS
-from evodiff.report import Table
 from evodiff.schedule import EDM, DiscreteVP
+from evodiff.tables.table import Table
 
 PAPERS = [n for n in choices("table") if n not in ("demo", "smoke") and not n.startswith("mnist")]
 LDM = DiscreteVP.from_betas(scaled_linear_betas(0.0015, 0.0195, 1000))
@@ -22,7 +22,7 @@ LDM = DiscreteVP.from_betas(scaled_linear_betas(0.0015, 0.0195, 1000))
 
 @pytest.fixture(scope="module")
 def tables():
-    return {name: Table.from_config(compose("table", [f"table={name}"])) for name in choices("table")}
+    return {name: Table.of_file(name) for name in choices("table")}
 
 
 def without_files(run):
@@ -180,7 +180,7 @@ def test_later_overrides_are_stronger():
 
 
 def test_a_limit_takes_the_first_images_of_each_range_and_makes_proxies():
-    table = Table.from_config(compose("table", ["table=celeba64", "limit=64", "repeats=2"]))
+    table = Table.of_file("celeba64", ["limit=64", "repeats=2"])
     assert {job.run.seeds for job in table.jobs.values()} == {(0, 63), (50_000, 50_063)}
     assert table.proxy and table.name == "celeba64-64"
 

@@ -19,7 +19,7 @@ from evodiff.cli import main
 from evodiff.config import compose
 from evodiff.metrics import score as score_module
 from evodiff.models.networks import build
-from evodiff.report import Table
+from evodiff.tables.table import Table
 from evodiff.verify.metrics import write_random_inception
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"

@@ -7,10 +7,10 @@ import torch
 from count_operations import counted, operations
 from torch import nn
 
-from evodiff import throughput
 from evodiff.config import choices, compose
-from evodiff.run import Run
-from evodiff.throughput import OPERATIONS, Rate, known_rates, passes, rate_on
+from evodiff.runs.run import Run
+from evodiff.tables import throughput
+from evodiff.tables.throughput import OPERATIONS, Rate, known_rates, passes, rate_on
 
 V100 = "one V100 in fp32"
 COUNTS = json.loads(OPERATIONS.read_text())
@@ -29,8 +29,9 @@ def test_a_training_time_tells_a_rate():
 
 
 def test_a_measured_rate_replaces_a_published_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(throughput, "MEASURED", tmp_path / "throughput.json")
-    throughput.MEASURED.write_text(json.dumps({V100: {"cifar10_edm": 500.0}, "a CPU": {"mixture": 3.0}}))
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
+    throughput.measured_file().parent.mkdir()
+    throughput.measured_file().write_text(json.dumps({V100: {"cifar10_edm": 500.0}, "a CPU": {"mixture": 3.0}}))
     rates = known_rates()
     assert rates[V100]["cifar10_edm"] == Rate(500.0, "measured")
     assert rates["a CPU"] == {"mixture": Rate(3.0, "measured")}
@@ -39,7 +40,7 @@ def test_a_measured_rate_replaces_a_published_one(tmp_path, monkeypatch):
 
 def test_the_projects_own_rates_stay_where_results_are_written_elsewhere(tmp_path, monkeypatch):
     shipped = known_rates()
-    monkeypatch.setattr(throughput, "MEASURED", tmp_path / "throughput.json")
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     assert known_rates() == shipped
     assert any(rate.how == "measured" for rates in shipped.values() for rate in rates.values())
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from evodiff import commands, distributed
-from evodiff.experiment import sample_run
+from evodiff import commands
 from evodiff.paths import ROOT
-from evodiff.run import Job, store_of
+from evodiff.runs import distributed
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.sample import sample_run
 from evodiff.store import SampleStore
 
 MIXTURE = [

@@ -7,13 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 
-import evodiff.report
-import evodiff.run
 from evodiff import tracking
 from evodiff.dashboard import report
 from evodiff.errors import ConfigError
 from evodiff.pictures import save_grid
-from evodiff.record import Record
+from evodiff.runs.record import Record
 from evodiff.tracking import WandB, as_table
 
 
@@ -47,7 +45,7 @@ PUBLISHED = {"UniPC": {5: 1.5, 10: 1.0}}
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("WANDB_MODE", "offline")  # no test may reach the network, whatever the code does
     return tmp_path
@@ -230,8 +228,7 @@ def test_push_without_a_table_says_how(evodiff_command):
 
 
 def test_push_without_records_says_what_makes_them(evodiff_command, tmp_path, monkeypatch):
-    for module in (evodiff.report, evodiff.run):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     code, _, err = evodiff_command("wandb", "push", "smoke")
     assert code == 1
     assert "table smoke has no records yet. `evodiff table smoke` makes them." in err

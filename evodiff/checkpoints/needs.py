@@ -40,7 +40,7 @@ def of(name: str) -> list[str]:
 
 
 def _overrides(row: Any) -> list[str]:
-    """All of a row: a list, or a mapping with those at some NFEs apart (evodiff.cells.Row)."""
+    """All of a row: a list, or a mapping with those at some NFEs apart (evodiff.tables.cells.Row)."""
     if isinstance(row, list):
         return row
     return [*row["run"], *(override for at in row.get("at") or () for override in at["run"])]

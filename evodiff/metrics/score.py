@@ -1,6 +1,6 @@
 """From uint8 images to numbers, in one pass."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,8 @@ METRICS = {
     "ci": "standard error of fid from this choice of images (fid_se)",
     "limit": "fid extrapolated to infinitely many images (fid_inf)",
 }
+AT_ONCE = 250
+"""Images that the extractor sees at one time, of a run."""
 CURVE = (5_000, 10_000, 25_000, 50_000)
 LEAST = {"is": SPLITS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
 """Images that a metric needs; the others need 2."""
@@ -117,6 +119,10 @@ class Scorer:
                 f"{size[0]}x{size[1]} ones"
             )
         return self.extract(images)
+
+    def parts(self, images: Tensor) -> Iterator[Features]:
+        """The same, AT_ONCE images at a time."""
+        return map(self.extracted, images.split(AT_ONCE))
 
     def add(self, images: Tensor) -> None:
         self.add_features(self.extracted(images))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evodiff.metrics.distances import OF_IMAGES
-from evodiff.published import Verdict
+from evodiff.tables.published import Verdict
 
 if TYPE_CHECKING:
-    from evodiff.cells import Cell
-    from evodiff.report import Table
+    from evodiff.tables.cells import Cell
+    from evodiff.tables.table import Table
 
 MARKS = {"proxy": "†", "off": "*"}
 """After a number: taken on fewer images than the paper's; beyond the tolerance of the paper's."""

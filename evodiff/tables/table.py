@@ -1,77 +1,33 @@
 """Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
 import math
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from evodiff import inputs, pages, text, trajectory
-from evodiff.cells import Cell, Row, with_seeds
-from evodiff.config import build, compose, parse_range
+from evodiff.config import build, compose
 from evodiff.errors import ConfigError, EvodiffError, StoreError
-from evodiff.experiment import check_scorable, sample_run, score_run
 from evodiff.locks import locked
 from evodiff.metrics.distances import AGAINST_REFERENCE
 from evodiff.metrics.score import reference_of
-from evodiff.paths import RESULTS
+from evodiff.paths import results_folder
 from evodiff.plots import Curve
-from evodiff.published import Published, Verdict, matching, read, unmatched
-from evodiff.record import Record
-from evodiff.run import Job, Run
+from evodiff.runs.job import Job
+from evodiff.runs.record import Record
+from evodiff.runs.run import Run
+from evodiff.runs.sample import sample_run
+from evodiff.runs.score import check_scorable, score_run
+from evodiff.tables import inputs, pages, text, trajectory
+from evodiff.tables.cells import Cell, Row, with_seeds
+from evodiff.tables.content import PAPER_METRICS, checked
+from evodiff.tables.failures import Failures
+from evodiff.tables.published import Published, Verdict, matching, read, unmatched
 from evodiff.tracking import Tracker
-
-PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}
-"""A paper's name of a metric, and ours before the @."""
-
-
-@dataclass
-class Failures:
-    """What failed so far: the reasons, each with what failed for it."""
-
-    reasons: dict[str, list[str]] = field(default_factory=dict)
-
-    def attempt(self, label: str, do: Callable[..., object], *arguments: Any) -> bool:
-        """Whether do(*arguments) worked. What it raises is noted under `label`, and is no more than that.
-
-        An error that is not the asker's, like too little memory on the GPU, shows its traceback when it first occurs.
-        """
-        try:
-            do(*arguments)
-            return True
-        except EvodiffError as e:
-            reason = str(e)
-        except Exception as e:
-            reason = " ".join(f"{type(e).__name__}: {e}".split())
-            if reason not in self.reasons:
-                traceback.print_exc()
-        self.reasons.setdefault(reason, []).append(label)
-        if torch.cuda.is_initialized():
-            with suppress(RuntimeError):  # after an illegal access this fails as well, like all that comes
-                torch.cuda.empty_cache()
-        return False
-
-    @property
-    def lines(self) -> list[str]:
-        """One for each reason."""
-        return [
-            f"{first}{f' and {len(others)} more' if others else ''}: {reason}"
-            for reason, (first, *others) in self.reasons.items()
-        ]
-
-    def tell(self) -> None:
-        """On standard error."""
-        for line in self.lines:
-            print(f"evodiff: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -103,38 +59,8 @@ class Table:
     @classmethod
     def from_config(cls, cfg: DictConfig) -> "Table":
         """Raises ConfigError for what is no table."""
-        content: Any = OmegaConf.to_container(cfg.table)
-        known = {"name", "title", "base", "rows", "nfe", "seeds", "at", "published", "metric"}
-        if unknown := sorted(content.keys() - known):
-            raise ConfigError(f"table {content['name']}: {', '.join(unknown)} is no key; possible: {', '.join(known)}")
-        if missing := [key for key in ("title", "base", "rows", "nfe") if content.get(key) is None]:
-            raise ConfigError(
-                f"table {content['name']} lacks {', '.join(missing)}: give it in its file in configs/table"
-            )
-        for key in ("limit", "repeats"):
-            if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
-                raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
-        if not isinstance(content["rows"], dict) or not content["rows"] or content["nfe"] == []:
-            raise ConfigError(
-                f"table {content['name']} has no rows, or no nfe: give rows: {{NAME: [override, ...]}}, nfe: [5]"
-            )
-        whole = [fields for fields in (content, *content["rows"].values()) if isinstance(fields, dict)]
-        for fields in (*whole, *(at for part in whole for at in part.get("at") or ())):
-            if isinstance(fields.get("nfe"), int):
-                fields["nfe"] = [fields["nfe"]]
-        rows = {
-            name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in content["rows"].items()
-        }
-        if (metric := content.get("metric")) is not None and metric not in PAPER_METRICS:
-            raise ConfigError(f"metric={metric} is not known; possible: {', '.join(PAPER_METRICS)}.")
-        ranges = content.get("seeds") or ()
-        if (cfg.repeats or 1) > max(len(ranges), 1):
-            many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
-            raise ConfigError(
-                f"repeats={cfg.repeats} is impossible: the table has {many}. Ask for fewer, or add seeds."
-            )
-        seeds = tuple(parse_range(text) for text in ranges[: cfg.repeats])
-        where = (cfg.device, seeds, cfg.limit, content.get("published"), metric)
+        content, rows, seeds = checked(cfg)
+        where = (cfg.device, seeds, cfg.limit, content.get("published"), content.get("metric"))
         return cls(content["name"], content["title"], content["base"], rows, build(cfg.tracker), *where)
 
     @property
@@ -235,7 +161,7 @@ class Table:
         if not self.computable:
             return
         model = next(iter(self.jobs.values())).run.model["name"]
-        with locked(RESULTS / "runs" / model, "inputs.lock"):
+        with locked(results_folder() / "runs" / model, "inputs.lock"):
             for missing in self.computable:
                 failures.attempt(missing.what, inputs.make, missing)
 
@@ -271,7 +197,7 @@ class Table:
         was scored by another protocol, or lacks a metric."""
         key = key or job.run.key()
         wanted = job.protocol.hash if job.protocol else None
-        run_folder = RESULTS / "runs" / job.run.model["name"] / key
+        run_folder = results_folder() / "runs" / job.run.model["name"] / key
         for path in (run_folder / "score.json", self.folder / "records" / f"{key}.json"):
             if path.exists():
                 record = _read_record(path, path.stat().st_mtime_ns)
@@ -282,7 +208,7 @@ class Table:
 
     @property
     def folder(self) -> Path:
-        return RESULTS / "tables" / self.name
+        return results_folder() / "tables" / self.name
 
     @property
     def main_metric(self) -> str | None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from evodiff.paths import ROOT, resolve
-from evodiff.run import Run
+from evodiff.runs.run import Run
 
 if TYPE_CHECKING:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
 
 class Missing(NamedTuple):

@@ -1,13 +1,10 @@
-"""A run made and measured: sample_run makes the images that are missing, score_run measures them."""
+"""sample_run makes the images of a run that are missing."""
 
-import gc
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +14,28 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from evodiff.background import OneBehind, one_ahead
-from evodiff.batch_size import automatic, synchronised_clock
 from evodiff.config import build
 from evodiff.cpu import use_cpu
 from evodiff.denoiser import Denoiser, threshold_of
-from evodiff.device import device_name
-from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
-from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
-from evodiff.metrics.features import Features
-from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import LEAST, Scorer, files_used, reference_path
+from evodiff.metrics.score import Scorer
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import Noise
 from evodiff.paths import resolve
 from evodiff.pictures import save_grid, save_pngs
-from evodiff.precision import prepared, products
+from evodiff.precision import products
 from evodiff.progress import progress
-from evodiff.record import Record, versions
-from evodiff.run import DTYPES, FEATURES_ONLY, NOISES, Job, Run, store_of
+from evodiff.runs.batch_size import automatic, synchronised_clock
+from evodiff.runs.job import FEATURES_ONLY, Job, store_of
+from evodiff.runs.loaded import loaded
+from evodiff.runs.run import DTYPES, NOISES, Run
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
-from evodiff.store import SampleStore, Shard
+from evodiff.store import SampleStore
 
 PREVIEW = 64
 """Images in grid.png."""
-EXTRACTED_AT_ONCE = 250
-NAMING_FILES = ("checkpoint", "classifier", "weights", "pipeline", "prompts")
-"""Fields of a model that may name a file or a folder."""
-_kept: dict[str, Pretrained] = {}
-"""The model of the run before, under what it was made of."""
 
 
 def sample_run(job: Job, run: Run | None = None) -> bool:
@@ -74,33 +62,6 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
         return False
     save_pictures(job, run, store)
     return True
-
-
-@contextmanager
-def loaded(run: Run, device: str) -> Iterator[Pretrained]:
-    """The model of a run on a device, computing as the run says.
-
-    It is kept for the next run, unless what happens inside fails, for example for want of memory. Only one is kept: the
-    one before is let go of first, and so it is when a file that the configuration names has changed. Raises what
-    building the model raises.
-    """
-    key = json.dumps([run.as_dict()["model"], run.computing, device, _states(run.model)], sort_keys=True)
-    if key not in _kept:
-        _kept.clear()
-        gc.collect()  # a compiled network refers to itself
-        _kept[key] = prepared(build(run.model, device=device), *run.computing)
-    try:
-        yield _kept[key]
-    except BaseException:
-        _kept.clear()
-        raise
-
-
-def _states(model: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """Size and time of change of the files that a model's configuration names, also of those in folders."""
-    named = [resolve(Path(model[key]).expanduser()) for key in NAMING_FILES if isinstance(model.get(key), str)]
-    files = [path for one in named for path in (one, *sorted(one.rglob("*"))) if path.is_file()]
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _make_shards(
@@ -144,29 +105,6 @@ def files_read(run: Run) -> dict[str, str]:
     found = {str(name): resolve(str(name)) for name in names}
     weights = Path(str(run.model.get("weights")))
     return {name: sha256(path) for name, path in {**found, weights.name: weights}.items() if path.is_file()}
-
-
-def check_scorable(job: Job) -> None:
-    """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, or images
-    that do not suit the protocol."""
-    if job.protocol and job.scored and current_record(job) is None:
-        if len(job.run.seed_range) < 2:
-            seed = job.run.seeds[0]
-            raise ConfigError(
-                f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
-                f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
-            )
-        for name in job.scored:
-            if (n := len(job.run.seed_range)) < (least := LEAST.get(name, 2)):
-                raise ConfigError(
-                    f"metrics={name} needs at least {least} images, and these are {n}: seeds={job.run.seeds[0]}-"
-                    f"{job.run.seeds[1]}. Ask for more, or leave {name} out."
-                )
-        scorer = Scorer(job.protocol, job.device, job.scored)
-        if store_of(job).missing():
-            with loaded(job.run, job.device) as model:
-                if model.decode is None:
-                    scorer.extracted(torch.zeros(1, *model.shape, dtype=torch.uint8))
 
 
 def save_pictures(job: Job, run: Run, store: SampleStore) -> None:
@@ -260,7 +198,7 @@ def shard_of(
     """What `save` keeps of finished batches: images, or their features alone."""
     arrays: dict[str, np.ndarray] = {}
     if scorer is not None:
-        features = [scorer.extracted(part) for batch in batches for part in batch.images.split(EXTRACTED_AT_ONCE)]
+        features = [part for batch in batches for part in scorer.parts(batch.images)]
         for name in scorer.needs:
             arrays[name] = np.concatenate([getattr(part, name).numpy() for part in features])
     images = np.concatenate([batch.images.numpy() for batch in batches])
@@ -286,114 +224,6 @@ def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, 
             weights=files,
             protocol=shard.protocol,
         )
-
-
-def score_run(job: Job, run: Run | None = None) -> Record:
-    """Score the images of a complete run.
-
-    A score.json of these images that has what is asked is taken as it is; of another one all that still holds is kept.
-    """
-    if record := current_record(job, run):
-        return record
-    reference = job.reference_run if run is None else None
-    run = run or job.run
-    use_cpu(job.threads)
-    store = store_of(job, run)
-    n = len(run.seed_range)
-    before = scored_before(job, run)
-    metrics, asked, files = still_true(before, reference) if before else ({}, [], {})
-    if job.protocol and job.scored:
-        files = files_used(job.protocol, job.device)
-        scorer = Scorer(job.protocol, job.device, job.scored)
-        for _, arrays in store.files(partial(_scored_arrays, scorer, store)):
-            _add_arrays(scorer, arrays)
-        metrics |= scorer.result()
-    for name in job.metrics:
-        if reference and name in AGAINST_REFERENCE:
-            metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(job, reference))
-        elif name in OF_IMAGES:
-            values = [OF_IMAGES[name](images) for (images,) in store.batches("images")]
-            metrics[f"{name}@{n}"] = float(np.concatenate(values).mean())
-    nfe = max(shard.nfe for shard in store.shards)
-    record = Record(
-        key=run.key(),
-        run=run.as_dict(),
-        protocol=job.protocol.describe() if job.protocol else None,
-        metrics=metrics,
-        nfe=nfe,
-        network_passes=nfe * build(run.guidance).network_passes,
-        images=n,
-        seconds=round(sum(shard.seconds for shard in store.shards), 3),
-        weights=store.weights,
-        shards=store.digests,
-        reference_run=reference.key() if reference else before.reference_run if before else None,
-        device=device_name(job.device),
-        versions=versions(),
-        asked=list(dict.fromkeys([*asked, *job.metrics])),
-        files=files,
-    )
-    record.write(run.folder / "score.json")
-    return record
-
-
-def current_record(job: Job, run: Run | None = None) -> Record | None:
-    """The score.json of a run, if it is of the images that are there and has what is asked."""
-    reference = job.reference_run.key() if run is None and job.reference_run else None
-    record = scored_before(job, run or job.run)
-    has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
-    return record if has_all else None
-
-
-def scored_before(job: Job, run: Run) -> Record | None:
-    """The score.json of a run, if it is of the images that are there, by the job's protocol."""
-    store = store_of(job, run)
-    path = run.folder / "score.json"
-    if not path.exists() or store.missing():
-        return None
-    try:
-        record = Record.read(path)
-    except StoreError:  # of another version, or damaged: scored anew
-        return None
-    expected = (job.protocol.describe() if job.protocol else None, store.digests)
-    same = (record.protocol, record.shards) == expected and same_reference(job.protocol, record)
-    return record if same else None
-
-
-def still_true(record: Record, reference: Run | None) -> tuple[dict[str, float], list[str], dict[str, str]]:
-    """Metrics, what was asked, and files of a record: all but the errors against another reference run."""
-    moved = reference is not None and reference.key() != record.reference_run
-    lost = AGAINST_REFERENCE.keys() if moved else ()
-    metrics = {name: value for name, value in record.metrics.items() if name.split("@")[0] not in lost}
-    return metrics, [name for name in record.asked if name not in lost], record.files
-
-
-def same_reference(protocol: Protocol | None, record: Record) -> bool:
-    """Whether the statistics of real images are what they were, where the protocol does not say what they must be."""
-    known = record.files.get("reference")
-    if protocol is None or protocol.reference_sha256 is not None or known is None:
-        return True
-    return known == sha256(reference_path(protocol))
-
-
-def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:
-    """The features kept while sampling, if they are this protocol's; otherwise the images."""
-    if shard.protocol == scorer.protocol.hash and {*scorer.needs} <= {*shard.holds}:
-        return scorer.needs
-    if "images" in shard.holds:
-        return ("images",)
-    raise StoreError(
-        f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
-        f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
-        f"with this protocol and these metrics."
-    )
-
-
-def _add_arrays(scorer: Scorer, arrays: Mapping[str, np.ndarray]) -> None:
-    if "images" in arrays:
-        for part in torch.from_numpy(arrays["images"]).split(EXTRACTED_AT_ONCE):
-            scorer.add(part)
-    else:
-        scorer.add_features(Features(**{name: torch.from_numpy(array) for name, array in arrays.items()}))
 
 
 def write_yaml(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from evodiff.config import build
-from evodiff.paths import RESULTS, ROOT
-from evodiff.published import FOLDER
-from evodiff.run import Run
+from evodiff.paths import ROOT, results_folder
+from evodiff.runs.run import Run
+from evodiff.tables.published import FOLDER
 
-MEASURED = RESULTS / "bench" / "throughput.json"
-"""device -> model -> evaluations per second. `python scripts/bench.py batches` writes it."""
 SHIPPED = ROOT / "results" / "bench" / "throughput.json"
 """The project's own, which stays where results are written elsewhere."""
 OPERATIONS = ROOT / "results" / "bench" / "operations.json"
@@ -33,6 +31,11 @@ class Rate:
     how: str
 
 
+def measured_file() -> Path:
+    """device -> model -> evaluations per second, as `python scripts/bench.py batches` writes it."""
+    return results_folder() / "bench" / "throughput.json"
+
+
 def known_rates() -> dict[str, dict[str, Rate]]:
     """device -> model -> rate, of what was measured here and of what training times of others tell."""
     found: dict[str, dict[str, Rate]] = {}
@@ -40,7 +43,7 @@ def known_rates() -> dict[str, dict[str, Rate]]:
         value = PASSES * told["million_images"] * 1e6 / (told["days"] * 86400 * told["gpus"])
         rate = Rate(value, f"by its training time in {told['source']}")
         found.setdefault(f"one {told['gpu']} in {told['precision']}", {}).update(dict.fromkeys(told["models"], rate))
-    for device, values in (_read(SHIPPED) | _read(MEASURED)).items():
+    for device, values in (_read(SHIPPED) | _read(measured_file())).items():
         found.setdefault(device, {}).update({model: Rate(value, "measured") for model, value in values.items()})
     return found
 

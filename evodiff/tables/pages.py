@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evodiff import page, text, trajectory
 from evodiff.errors import EvodiffError, StoreError
 from evodiff.files import whole_file
 from evodiff.plots import save_curves, save_sample_sheet
-from evodiff.record import Record
-from evodiff.run import store_of
+from evodiff.runs.job import store_of
+from evodiff.runs.record import Record
+from evodiff.tables import html, text, trajectory
 
 if TYPE_CHECKING:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
 SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
 """NFE of the sample sheet, where a table has many."""
@@ -33,7 +33,7 @@ def write(table: "Table") -> None:
     if sheets := sample_sheets(table):
         save_sample_sheet(table.folder / "samples.png", sheets)
     trajectory.save_sheet(table.folder / "trajectories.png", table)
-    _write(table, "report.html", page.html(table))
+    _write(table, "report.html", html.page(table))
 
 
 def copy_records(table: "Table") -> None:

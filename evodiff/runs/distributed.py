@@ -10,8 +10,9 @@ import os
 import sys
 import time
 
-from evodiff.experiment import sample_run
-from evodiff.run import Job, Run, store_of
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.run import Run
+from evodiff.runs.sample import sample_run
 from evodiff.store import SampleStore
 
 POLL = 1.0

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.experiment import denoiser_for, generate_as, loaded
 from evodiff.files import whole_file
 from evodiff.models.pretrained import Pretrained
 from evodiff.plots import save_trajectories
 from evodiff.precision import products
-from evodiff.run import NOISES, Job, store_of
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.loaded import loaded
+from evodiff.runs.run import NOISES
+from evodiff.runs.sample import denoiser_for, generate_as
 from evodiff.sampling import to_uint8
 from evodiff.schedule import Node
 
 if TYPE_CHECKING:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
 WANTED_NFE = 10
 FILE = "trajectory.npz"

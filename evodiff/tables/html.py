@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evodiff.chart import CHART_CSS, CHART_JS, chart
-from evodiff.published import STATES, Verdict
-from evodiff.text import best, commands, footer, ours_and_paper, show
+from evodiff.tables.chart import CHART_CSS, CHART_JS, chart
+from evodiff.tables.published import STATES, Verdict
+from evodiff.tables.text import best, commands, footer, ours_and_paper, show
 
 if TYPE_CHECKING:
-    from evodiff.report import Table
+    from evodiff.tables.table import Table
 
 EXPLAINED = {
     "fd_mnist": "Fréchet distance between features of the samples and of 5,000 real digits, taken from a small digit "
@@ -41,7 +41,7 @@ TOLERANCE = (
 )
 
 
-def html(table: "Table") -> str:
+def page(table: "Table") -> str:
     """The page of the records there are."""
     blocks = [f"<h1>{_text(table.title)}</h1>", f"<p>{_inline(footer(table))}</p>", _states(table)]
     for metric in table.metrics:

@@ -13,13 +13,13 @@ from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, nearest
 from evodiff.errors import ConfigError
-from evodiff.inputs import missing_inputs
 from evodiff.paths import ROOT
-from evodiff.published import STATES
-from evodiff.report import Table
-from evodiff.run import Run
-from evodiff.text import commands, show
-from evodiff.throughput import Rate, known_rates, passes, rate_on
+from evodiff.runs.run import Run
+from evodiff.tables.inputs import missing_inputs
+from evodiff.tables.published import STATES
+from evodiff.tables.table import Table
+from evodiff.tables.text import commands, show
+from evodiff.tables.throughput import Rate, known_rates, passes, rate_on
 
 
 def main(argv: list[str]) -> int:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from evodiff.errors import ConfigError
-from evodiff.published import Published
-from evodiff.run import Job
+from evodiff.runs.job import Job
+from evodiff.tables.published import Published
 
 
 @dataclass(frozen=True)

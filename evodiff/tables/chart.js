@@ -1,4 +1,4 @@
-// Draws each .chart block of a report from the JSON in it: evodiff/chart.py.
+// Draws each .chart block of a report from the JSON in it: evodiff/tables/chart.py.
 (() => {
 "use strict";
 const W = 960, H = 430, L = 62, R = 14, T = 12, B = 42, DASH = ["", "7 4", "2 3", "8 3 2 3"];

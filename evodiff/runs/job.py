@@ -1,0 +1,116 @@
+"""A job: a run, and how to do it."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from evodiff.config import build, compose, nearest
+from evodiff.device import device_for
+from evodiff.errors import ConfigError
+from evodiff.metrics.distances import AGAINST_REFERENCE, FROM_IMAGES, OF_IMAGES
+from evodiff.metrics.protocol import Protocol, from_dict
+from evodiff.metrics.score import METRICS
+from evodiff.runs.run import Run
+from evodiff.store import SampleStore
+from evodiff.tracking import Tracker
+
+NUMBERS: dict[str, tuple[str, tuple[str | None, ...]]] = {
+    "batch": ("images", ("auto",)),
+    "shard": ("images", ()),
+    "threads": ("threads", (None,)),
+}
+"""Keys of a job that count something, and the words that may stand instead."""
+SAVES = ("shards", "png", "grid", "none")
+FEATURES_ONLY = ("grid", "none")
+"""Kinds of `save` with which shards hold features in place of images."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and how to do it: what changes neither the images nor the score."""
+
+    run: Run
+    protocol: Protocol | None
+    reference_run: Run | None
+    device: str
+    batch: int | Literal["auto"]
+    shard: int
+    threads: int | None
+    save: str
+    metrics: tuple[str, ...]
+    tracker: Tracker
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The metrics that are taken from features."""
+        return tuple(name for name in self.metrics if name in METRICS)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether shards hold the states before rounding, several times the size of the images."""
+        return self.reference_run is not None
+
+    @classmethod
+    def compose(cls, overrides: list[str]) -> "Job":
+        return cls.from_config(compose("run", overrides), overrides)
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig, overrides: list[str]) -> "Job":
+        run = Run.from_config(cfg)
+        for key, (counted, words) in NUMBERS.items():
+            if cfg[key] not in words and (type(cfg[key]) is not int or cfg[key] < 1):
+                or_word = "".join(f", or {'null' if word is None else word}" for word in words)
+                raise ConfigError(
+                    f"{key}={cfg[key]} is impossible: expected a number of {counted}, at least 1{or_word}."
+                )
+        metrics = metrics_of(cfg)
+        protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
+        if protocol is not None and protocol.rounding != run.rounding:
+            raise ConfigError(
+                f"protocol={cfg.protocol.name} scores images with rounding={protocol.rounding}, but the run asks for "
+                f"rounding={run.rounding}. Set rounding={protocol.rounding}, or choose another protocol."
+            )
+        reference_run = None
+        if not (cfg.reference_run is None or OmegaConf.is_list(cfg.reference_run)):
+            raise ConfigError(
+                f"reference_run={cfg.reference_run} is impossible: expected a list of overrides, or null, like "
+                f"reference_run=['solver=unipc_3','nfe=200']."
+            )
+        if cfg.reference_run is not None and not AGAINST_REFERENCE.keys().isdisjoint(metrics):
+            solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
+            kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
+            reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
+        device = device_for(cfg.device)
+        tracker = build(cfg.tracker)
+        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.threads, cfg.save, metrics, tracker)
+
+    def with_nfe(self, nfe: int) -> "Job":
+        return replace(self, run=replace(self.run, nfe=nfe))
+
+
+def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
+    """The metrics asked for. Raises ConfigError for unknown ones, and for those that need what `save` does not keep."""
+    if cfg.save not in SAVES:
+        raise ConfigError(
+            f"save={cfg.save} does not exist.{nearest(str(cfg.save), SAVES)} Possible: {', '.join(SAVES)}."
+        )
+    known = [*METRICS, *AGAINST_REFERENCE, *OF_IMAGES]
+    metrics = tuple(cfg.metrics) if OmegaConf.is_list(cfg.metrics) else (cfg.metrics,)
+    for name in metrics:
+        if name not in known:
+            raise ConfigError(f"no metric is called {name}.{nearest(str(name), known)} Possible: {', '.join(known)}.")
+    needing = [n for n in metrics if n in FROM_IMAGES and (n in OF_IMAGES or cfg.reference_run is not None)]
+    if cfg.save in FEATURES_ONLY and needing:
+        rest = ",".join(name for name in metrics if name not in needing)
+        raise ConfigError(
+            f"save={cfg.save} keeps no images, and these metrics are taken from images: {', '.join(needing)}. "
+            f"Set metrics=[{rest}], or save=shards."
+        )
+    return metrics
+
+
+def store_of(job: Job, run: Run | None = None) -> SampleStore:
+    run = run or job.run
+    needs = ("x",) if job.keeps_states else ()
+    return SampleStore(run.folder, run.identity(), run.seed_range, job.shard, needs)

@@ -1,0 +1,153 @@
+"""score_run measures the images of a complete run."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from evodiff.config import build
+from evodiff.cpu import use_cpu
+from evodiff.device import device_name
+from evodiff.errors import ConfigError, StoreError
+from evodiff.files import sha256
+from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
+from evodiff.metrics.features import Features
+from evodiff.metrics.protocol import Protocol
+from evodiff.metrics.score import LEAST, Scorer, files_used, reference_path
+from evodiff.runs.job import Job, store_of
+from evodiff.runs.loaded import loaded
+from evodiff.runs.record import Record, versions
+from evodiff.runs.run import Run
+from evodiff.store import SampleStore, Shard
+
+
+def check_scorable(job: Job) -> None:
+    """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, or images
+    that do not suit the protocol."""
+    if job.protocol and job.scored and current_record(job) is None:
+        if len(job.run.seed_range) < 2:
+            seed = job.run.seeds[0]
+            raise ConfigError(
+                f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
+                f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
+            )
+        for name in job.scored:
+            if (n := len(job.run.seed_range)) < (least := LEAST.get(name, 2)):
+                raise ConfigError(
+                    f"metrics={name} needs at least {least} images, and these are {n}: seeds={job.run.seeds[0]}-"
+                    f"{job.run.seeds[1]}. Ask for more, or leave {name} out."
+                )
+        scorer = Scorer(job.protocol, job.device, job.scored)
+        if store_of(job).missing():
+            with loaded(job.run, job.device) as model:
+                if model.decode is None:
+                    scorer.extracted(torch.zeros(1, *model.shape, dtype=torch.uint8))
+
+
+def score_run(job: Job, run: Run | None = None) -> Record:
+    """Score the images of a complete run.
+
+    A score.json of these images that has what is asked is taken as it is; of another one all that still holds is kept.
+    """
+    if record := current_record(job, run):
+        return record
+    reference = job.reference_run if run is None else None
+    run = run or job.run
+    use_cpu(job.threads)
+    store = store_of(job, run)
+    n = len(run.seed_range)
+    before = scored_before(job, run)
+    metrics, asked, files = still_true(before, reference) if before else ({}, [], {})
+    if job.protocol and job.scored:
+        files = files_used(job.protocol, job.device)
+        scorer = Scorer(job.protocol, job.device, job.scored)
+        for _, arrays in store.files(partial(_scored_arrays, scorer, store)):
+            _add_arrays(scorer, arrays)
+        metrics |= scorer.result()
+    for name in job.metrics:
+        if reference and name in AGAINST_REFERENCE:
+            metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(job, reference))
+        elif name in OF_IMAGES:
+            values = [OF_IMAGES[name](images) for (images,) in store.batches("images")]
+            metrics[f"{name}@{n}"] = float(np.concatenate(values).mean())
+    nfe = max(shard.nfe for shard in store.shards)
+    record = Record(
+        key=run.key(),
+        run=run.as_dict(),
+        protocol=job.protocol.describe() if job.protocol else None,
+        metrics=metrics,
+        nfe=nfe,
+        network_passes=nfe * build(run.guidance).network_passes,
+        images=n,
+        seconds=round(sum(shard.seconds for shard in store.shards), 3),
+        weights=store.weights,
+        shards=store.digests,
+        reference_run=reference.key() if reference else before.reference_run if before else None,
+        device=device_name(job.device),
+        versions=versions(),
+        asked=list(dict.fromkeys([*asked, *job.metrics])),
+        files=files,
+    )
+    record.write(run.folder / "score.json")
+    return record
+
+
+def current_record(job: Job, run: Run | None = None) -> Record | None:
+    """The score.json of a run, if it is of the images that are there and has what is asked."""
+    reference = job.reference_run.key() if run is None and job.reference_run else None
+    record = scored_before(job, run or job.run)
+    has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
+    return record if has_all else None
+
+
+def scored_before(job: Job, run: Run) -> Record | None:
+    """The score.json of a run, if it is of the images that are there, by the job's protocol."""
+    store = store_of(job, run)
+    path = run.folder / "score.json"
+    if not path.exists() or store.missing():
+        return None
+    try:
+        record = Record.read(path)
+    except StoreError:  # of another version, or damaged: scored anew
+        return None
+    expected = (job.protocol.describe() if job.protocol else None, store.digests)
+    same = (record.protocol, record.shards) == expected and same_reference(job.protocol, record)
+    return record if same else None
+
+
+def still_true(record: Record, reference: Run | None) -> tuple[dict[str, float], list[str], dict[str, str]]:
+    """Metrics, what was asked, and files of a record: all but the errors against another reference run."""
+    moved = reference is not None and reference.key() != record.reference_run
+    lost = AGAINST_REFERENCE.keys() if moved else ()
+    metrics = {name: value for name, value in record.metrics.items() if name.split("@")[0] not in lost}
+    return metrics, [name for name in record.asked if name not in lost], record.files
+
+
+def same_reference(protocol: Protocol | None, record: Record) -> bool:
+    """Whether the statistics of real images are what they were, where the protocol does not say what they must be."""
+    known = record.files.get("reference")
+    if protocol is None or protocol.reference_sha256 is not None or known is None:
+        return True
+    return known == sha256(reference_path(protocol))
+
+
+def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:
+    """The features kept while sampling, if they are this protocol's; otherwise the images."""
+    if shard.protocol == scorer.protocol.hash and {*scorer.needs} <= {*shard.holds}:
+        return scorer.needs
+    if "images" in shard.holds:
+        return ("images",)
+    raise StoreError(
+        f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
+        f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
+        f"with this protocol and these metrics."
+    )
+
+
+def _add_arrays(scorer: Scorer, arrays: Mapping[str, np.ndarray]) -> None:
+    if "images" in arrays:
+        for part in scorer.parts(torch.from_numpy(arrays["images"])):
+            scorer.add_features(part)
+    else:
+        scorer.add_features(Features(**{name: torch.from_numpy(array) for name, array in arrays.items()}))

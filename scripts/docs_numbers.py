@@ -1,0 +1,133 @@
+"""A table's values by row and budget, and what follows of them: who is first, and who cannot be told from whom."""
+
+import math
+from functools import cache
+
+from evodiff.metrics.contrast import Matched, read_matched
+from evodiff.metrics.paired import Paired, read_paired
+from evodiff.tables.published import Verdict
+from evodiff.tables.table import Table
+from evodiff.tables.text import show
+
+METRICS = {"fd": "fd_mnist", "rmse": "rmse", "images": "rmse_images", "contrast": "contrast", "saturated": "saturated"}
+
+
+@cache
+def table_of(name: str) -> Table:
+    return Table.of_file(name)
+
+
+class Numbers:
+    """A table's values by row and NFE."""
+
+    def __init__(self, name: str):
+        self.table = table_of(name)
+        self.matched = read_matched(self.table.folder / "matched.csv")
+        self.paired = read_paired(self.table.folder / "paired.csv")
+        self.verdicts = {short: self.table.verdicts(f"{long}@{self.table.images}") for short, long in METRICS.items()}
+
+    def __call__(self, metric: str, row: str, nfe: int) -> float:
+        return self.verdicts[metric][row, nfe].mean
+
+    def with_gain(self, row: str, nfe: int) -> Matched:
+        """The distance of half of the images, without and with the gain that suits best."""
+        return self.matched[self.table.keys[row, nfe, 0]]
+
+    def less(self, row: str, other: str, nfe: int) -> Paired:
+        """The distance of a row less another's, on the first seeds."""
+        return self.paired[self.table.keys[row, nfe, 0], self.table.keys[other, nfe, 0]]
+
+    def column(self, metric: str, nfe: int) -> dict[str, Verdict]:
+        """Rows with this NFE, the least first."""
+        found = {row: v for (row, n), v in self.verdicts[metric].items() if n == nfe and v.values}
+        return dict(sorted(found.items(), key=lambda item: item[1].mean))
+
+    def converged(self, metric: str) -> float:
+        levels = self.table.levels(f"{METRICS[metric]}@{self.table.images}")
+        return next(value for label, value in levels.items() if "NFE" in label)
+
+
+def sd(verdict: Verdict) -> float:
+    """Of one run; not below what its own images say, for a few sets of seeds may agree by chance."""
+    assert verdict.standard_error is not None
+    return max(verdict.standard_error, verdict.sd or 0.0)
+
+
+def told_apart(a: Verdict, b: Verdict) -> bool:
+    """Whether two scores differ by more than 1.96 standard deviations of their difference, as if from other seeds."""
+    return abs(a.mean - b.mean) > 1.96 * math.hypot(sd(a), sd(b))
+
+
+def leads(numbers: Numbers) -> str:
+    """By distance: who is best at which NFE, and where the next one cannot be told from it."""
+    budgets: dict[str, list[int]] = {}
+    for nfe in numbers.table.nfe:
+        (first, best), (second, next_best), *_ = numbers.column("fd", nfe).items()
+        label = first if told_apart(best, next_best) else f"{first}, not told apart from {second},"
+        budgets.setdefault(label, []).append(nfe)
+    return "; ".join(f"{row} at {runs_of(found)}" for row, found in budgets.items())
+
+
+def runs_of(numbers: list[int]) -> str:
+    """5, 7 to 25."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def between_over_within(numbers: Numbers) -> float:
+    """Root mean square over all cells: the standard deviation between sets of seeds by the one found within them."""
+    cells = numbers.verdicts["fd"].values()
+    ratios = [v.sd / v.standard_error for v in cells if v.sd is not None and v.standard_error]
+    return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios))
+
+
+def first_places(numbers: Numbers) -> dict[int, set[str]]:
+    """By NFE, the rows that have the least distance in some set of seeds."""
+    columns = {nfe: numbers.column("fd", nfe) for nfe in numbers.table.nfe}
+    return {
+        nfe: {min(column, key=lambda row: column[row].values[k]) for k in range(sets)}
+        for (nfe, column), sets in zip(columns.items(), sets_of(numbers), strict=True)
+    }
+
+
+def sets_of(numbers: Numbers) -> list[int]:
+    """Of how many sets of seeds every row is done, by NFE."""
+    return [min(len(v.values) for v in numbers.column("fd", nfe).values()) for nfe in numbers.table.nfe]
+
+
+def places(*tables: Numbers) -> str:
+    """By NFE, who comes first by distance and by the error of the images, and where EVODiff is."""
+    lines = ["| NFE | first by distance | first by error | `evodiff` is number |", "|---:|---|---|---|"]
+    for numbers, nfe in [(every, nfe) for every in tables for nfe in every.table.nfe]:
+        samplers = distinct(numbers, nfe)
+        first, place = [], []
+        for metric, by in (("fd", "distance"), ("images", "error")):
+            column = numbers.column(metric, nfe)
+            ranked = sorted(samplers, key=lambda rows: column[rows[0]].mean)
+            first.append(", ".join(f"{named(rows)} {show(column[rows[0]].mean)}" for rows in ranked[:4]))
+            place.append(f"{number(ranked, 'evodiff')} by {by}")
+        lines.append(f"| {nfe} | {' | '.join(first)} | {', '.join(place)}, of {len(samplers)} |")
+    return "\n".join(lines)
+
+
+def distinct(numbers: Numbers, nfe: int) -> list[list[str]]:
+    """The rows at one NFE, those together that are one sampler there: equal in distance and error to 4 digits."""
+    found: dict[tuple[str, str], list[str]] = {}
+    errors = numbers.column("rmse", nfe)
+    for row, verdict in numbers.column("fd", nfe).items():
+        found.setdefault((f"{verdict.mean:.4g}", f"{errors[row].mean:.4g}"), []).append(row)
+    return list(found.values())
+
+
+def named(rows: list[str]) -> str:
+    return " = ".join(f"`{row}`" for row in rows)
+
+
+def number(ranked: list[list[str]], row: str) -> int:
+    """The place of a row, from 1."""
+    return next(i for i, rows in enumerate(ranked, 1) if row in rows)
