@@ -9,6 +9,7 @@ import importlib
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -182,6 +183,11 @@ class Submitit:
             **{key: given[key] for key in generic if key in given},
             **{f"slurm_{key}": value for key, value in given.items() if key not in generic},
         )
+        if self.cluster == "slurm" and self.gpus_per_node is None and "gpu" not in str(self.additional_parameters):
+            print(
+                "the Slurm jobs ask for no GPU; hydra.launcher.gpus_per_node=1 does (0: none is wanted)",
+                file=sys.stderr,
+            )
         with executor.batch():
             submitted = [executor.submit(Requeued(function), job) for job in jobs]
         numbers = {id(job): i for i, job in enumerate(submitted)}

@@ -26,6 +26,12 @@ class Numbers:
         self.paired = read_paired(self.table.folder / "paired.csv")
         self.verdicts = {short: self.table.verdicts(f"{long}@{self.table.images}") for short, long in METRICS.items()}
 
+    @property
+    def nfe(self) -> list[int]:
+        """The budgets at which every row is done."""
+        unfinished = {nfe for (_, nfe), verdict in self.verdicts["fd"].items() if not verdict.values}
+        return [nfe for nfe in self.table.nfe if nfe not in unfinished]
+
     def __call__(self, metric: str, row: str, nfe: int) -> float:
         return self.verdicts[metric][row, nfe].mean
 
@@ -61,7 +67,7 @@ def told_apart(a: Verdict, b: Verdict) -> bool:
 def leads(numbers: Numbers) -> str:
     """By distance: who is best at which NFE, and where the next one cannot be told from it."""
     budgets: dict[str, list[int]] = {}
-    for nfe in numbers.table.nfe:
+    for nfe in numbers.nfe:
         (first, best), (second, next_best), *_ = numbers.column("fd", nfe).items()
         label = first if told_apart(best, next_best) else f"{first}, not told apart from {second},"
         budgets.setdefault(label, []).append(nfe)
@@ -88,7 +94,7 @@ def between_over_within(numbers: Numbers) -> float:
 
 def first_places(numbers: Numbers) -> dict[int, set[str]]:
     """By NFE, the rows that have the least distance in some set of seeds."""
-    columns = {nfe: numbers.column("fd", nfe) for nfe in numbers.table.nfe}
+    columns = {nfe: numbers.column("fd", nfe) for nfe in numbers.nfe}
     return {
         nfe: {min(column, key=lambda row: column[row].values[k]) for k in range(sets)}
         for (nfe, column), sets in zip(columns.items(), sets_of(numbers), strict=True)
@@ -97,13 +103,15 @@ def first_places(numbers: Numbers) -> dict[int, set[str]]:
 
 def sets_of(numbers: Numbers) -> list[int]:
     """Of how many sets of seeds every row is done, by NFE."""
-    return [min(len(v.values) for v in numbers.column("fd", nfe).values()) for nfe in numbers.table.nfe]
+    return [min(len(v.values) for v in numbers.column("fd", nfe).values()) for nfe in numbers.nfe]
 
 
 def places(*tables: Numbers) -> str:
-    """By NFE, who comes first by distance and by the error of the images, and where EVODiff is."""
+    """By NFE, who comes first by distance and by the error of the images, and where EVODiff is; each from the first
+    table that has it."""
     lines = ["| NFE | first by distance | first by error | `evodiff` is number |", "|---:|---|---|---|"]
-    for numbers, nfe in [(every, nfe) for every in tables for nfe in every.table.nfe]:
+    of_nfe = {nfe: numbers for numbers in reversed(tables) for nfe in numbers.nfe}
+    for nfe, numbers in sorted(of_nfe.items()):
         samplers = distinct(numbers, nfe)
         first, place = [], []
         for metric, by in (("fd", "distance"), ("images", "error")):

@@ -1,5 +1,6 @@
 """Sweeps: no job ends another, failures are counted and logged, and the same command runs only what is missing."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ from functools import partial
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sweep_jobs import meet, obey, pid_or_nothing
@@ -104,6 +106,19 @@ def test_slurm_has_one_array_and_a_dying_job_costs_itself_only(tmp_path, monkeyp
     (script,) = (tmp_path / "submitit").glob("*_submission.sh")
     for line in ("partition=gpu", "array=0-3%2", "gpus-per-node=1", "nice=5", "time=240", "job-name=evodiff"):
         assert f"#SBATCH --{line}\n" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "noted"),
+    [({}, True), ({"additional_parameters": {"nice": 5}}, True), ({"gpus_per_node": 0}, False),
+     ({"gpus_per_node": 1}, False), ({"additional_parameters": {"gres": "gpu:1"}}, False)],
+)  # fmt: skip
+def test_slurm_jobs_without_a_gpu_are_noted(asked, noted, monkeypatch, capsys):
+    submitit = pytest.importorskip("submitit")
+    executor = SimpleNamespace(update_parameters=lambda **_: None, batch=contextlib.nullcontext)
+    monkeypatch.setattr(submitit, "AutoExecutor", lambda **_: executor)
+    assert list(Submitit(**asked).launch(obey, [])) == []
+    assert ("ask for no GPU" in capsys.readouterr().err) is noted
 
 
 def test_every_gpu_has_one_job(tmp_path, monkeypatch):
