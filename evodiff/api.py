@@ -81,18 +81,7 @@ def sample(
             f"guidance={guided!r} is impossible: give the name of a guidance, or an object like ClassifierFree(2.0)."
         )
     thresholded = threshold_of(threshold, latent=model.decode is not None)
-    if isinstance(seeds, np.ndarray | Tensor):
-        seeds = seeds.tolist()
-    possible = range(LARGEST_SEED + 1)
-    if (
-        not isinstance(seeds, Sequence)
-        or not seeds
-        or not all(isinstance(s, Integral) and not isinstance(s, bool) and s in possible for s in seeds)
-    ):
-        raise ConfigError(
-            f"seeds={seeds!r} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
-            f"seeds=range(16)."
-        )
+    seeds = _seeds(seeds)
     if not (nfe is None or isinstance(nfe, Integral)) or not isinstance(batch, Integral) or batch < 1:
         raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, batch at least 1.")
     if not isinstance(denoise_final, bool):
@@ -182,6 +171,18 @@ def _spacing(grid: Any) -> Spacing:
     return Listed(times)
 
 
+def _seeds(seeds: Any) -> Sequence[int]:
+    given = seeds.tolist() if isinstance(seeds, np.ndarray | Tensor) else seeds
+    possible = range(LARGEST_SEED + 1)
+    whole = isinstance(given, Sequence) and all(isinstance(s, Integral) and not isinstance(s, bool) for s in given)
+    if not whole or not given or not all(s in possible for s in given):
+        raise ConfigError(
+            f"seeds={given!r} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
+            f"seeds=range(16)."
+        )
+    return given
+
+
 def _labels(labels: Any, n: int, num_classes: int) -> list[int]:
     given = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
     whole = isinstance(given, Sequence) and all(isinstance(y, Integral) for y in given)
@@ -210,8 +211,7 @@ def _pretrained(
     model: Pretrained | Denoiser | str, shape: Sequence[int] | None, device: torch.device | str | None
 ) -> Pretrained:
     if isinstance(model, str):
-        known: Pretrained = build(_config("model", model), device=device_for(device or "cpu"))
-        model = known
+        return _pretrained(build(_config("model", model), device=device_for(device or "cpu")), shape, device)
     if isinstance(model, Pretrained):
         if shape is not None and tuple(shape) != tuple(model.shape):
             raise ConfigError(f"shape={tuple(shape)} is not the model's, {tuple(model.shape)}. Leave it out.")
