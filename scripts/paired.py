@@ -1,25 +1,37 @@
-"""`python scripts/paired.py TABLE ROW [NFE ...]`: how far the other rows' distances are from ROW's on the same seeds.
+"""How far the distances of a table's rows are from one row's on the same seeds, into its paired.csv.
 
-Into the table's paired.csv, with the standard error of each difference; what is there already stays. Rows are left out
-whose images are not here.
+With the standard error of each difference. What is there already stays; rows are left out whose images are not here.
 """
 
+import argparse
 import sys
 
+from evodiff.errors import ConfigError, EvodiffError
 from evodiff.metrics.paired import paired, read_paired, scored, write_paired
 from evodiff.runs.job import store_of
 from evodiff.tables.table import Table
 
-if __name__ == "__main__":
-    name, against, *budgets = sys.argv[1:]
-    table = Table.of_file(name)
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python scripts/paired.py", description=__doc__)
+    parser.add_argument("table", help="its name in configs/table")
+    parser.add_argument("row", help="what the others are compared with")
+    parser.add_argument("nfe", type=int, nargs="*", help="which of its columns; all if none is named")
+    given = parser.parse_args(argv)
+    table, against = Table.of_file(given.table), given.row
+    if against not in table.rows:
+        raise ConfigError(f"table {given.table} has no row {against!r}. Possible: {', '.join(table.rows)}.")
     path = table.folder / "paired.csv"
     found = read_paired(path)
-    for nfe in (nfe for nfe in table.nfe if not budgets or str(nfe) in budgets):
-        here = {row: job for (row, n, k), job in table.jobs.items() if (n, k) == (nfe, 0) and job.run.folder.exists()}
+    absent = 0
+    for nfe in (nfe for nfe in table.nfe if not given.nfe or nfe in given.nfe):
+        jobs = {row: job for (row, n, k), job in table.jobs.items() if (n, k) == (nfe, 0)}
+        here = {row: job for row, job in jobs.items() if job.run.folder.exists()}
         stores = {row: store for row, job in here.items() if not (store := store_of(job)).missing()}
-        keys = {row: table.keys[row, nfe, 0] for row in stores}
-        wanted = [row for row in stores if row != against and (keys[row], keys.get(against)) not in found]
+        keys = {row: table.keys[row, nfe, 0] for row in jobs}
+        wanted = [row for row in jobs if row != against and (keys[row], keys.get(against)) not in found]
+        absent += sum(row not in stores or against not in stores for row in wanted)
+        wanted = [row for row in wanted if row in stores]
         if against not in stores or not wanted:
             continue
         protocol, device = here[against].protocol, here[against].device
@@ -29,3 +41,12 @@ if __name__ == "__main__":
             pair = found[keys[row], keys[against]] = paired(scored(stores[row], protocol, device), other)
             print(f"{row} at NFE {nfe}: {pair.difference:+.3f} ± {pair.standard_error:.3f}", flush=True)
             write_paired(path, found)
+    if absent:
+        print(f"{absent} pairs are left out: the images of one are not here. `evodiff table {given.table}` makes them.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except EvodiffError as e:
+        sys.exit(f"evodiff: {e}")

@@ -1,5 +1,6 @@
 """The gain that matches contrast is found, and not on the seeds it is reported on."""
 
+import contrast_matched as script
 import numpy as np
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_matched_cells_come_back_by_the_key_of_their_run(tmp_path):
         "solver,nfe,images,plain,gain,matched,free_gain,free,run",
         "UniPC-3,10,200,48.51234567890123,1.3,14.9,1.365,14.7,abc",
     ]
+
+
+def test_the_script_says_what_it_left_out(results, capsys):
+    script.main(["demo", "5", "10"])
+    assert "10 runs are left out" in capsys.readouterr().out
+    assert not (results / "tables").exists()
+    with pytest.raises(ConfigError, match="Did you mean demo"):
+        script.main(["demos"])

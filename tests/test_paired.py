@@ -1,9 +1,11 @@
 """Differences between runs of the same seeds."""
 
+import paired as script
 import pytest
 import torch
 
 from evodiff.data import mnist_digits
+from evodiff.errors import ConfigError
 from evodiff.metrics.paired import Paired, paired, read_paired, scored, write_paired
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.score import score
@@ -41,3 +43,10 @@ def test_differences_come_back_by_the_keys_of_their_runs(tmp_path):
     assert read_paired(path) == {}
     write_paired(path, found)
     assert read_paired(path) == found
+
+
+def test_the_script_says_what_it_left_out(results, capsys):
+    script.main(["demo", "DDIM", "5"])
+    assert "4 pairs are left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="table demo has no row 'DDIMs'. Possible: DDIM, "):
+        script.main(["demo", "DDIMs"])
