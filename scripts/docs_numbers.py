@@ -36,8 +36,10 @@ class Numbers:
         return self.verdicts[metric][row, nfe].mean
 
     def with_gain(self, row: str, nfe: int) -> Matched:
-        """The distance of half of the images, without and with the gain that suits best."""
-        return self.matched[self.table.keys[row, nfe, 0]]
+        """The distance of half of the images, without and with the gain that suits best, of the first seeds that were
+        scored so."""
+        keys = (self.table.keys[row, nfe, k] for k in range(len(self.table.cells[row, nfe].jobs)))
+        return next(self.matched[key] for key in keys if key in self.matched)
 
     def less(self, row: str, other: str, nfe: int) -> Paired:
         """The distance of a row less another's, on the first seeds."""
