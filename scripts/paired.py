@@ -26,18 +26,21 @@ def main(argv: list[str]) -> None:
     absent = 0
     for nfe in (nfe for nfe in table.nfe if not given.nfe or nfe in given.nfe):
         jobs = {row: job for (row, n, k), job in table.jobs.items() if (n, k) == (nfe, 0)}
-        here = {row: job for row, job in jobs.items() if job.run.folder.exists()}
-        stores = {row: store for row, job in here.items() if not (store := store_of(job)).missing()}
+        stores = {
+            row: store
+            for row, job in jobs.items()
+            if job.run.folder.exists() and not (store := store_of(job)).missing()
+        }
         keys = {row: table.keys[row, nfe, 0] for row in jobs}
         wanted = [row for row in jobs if row != against and (keys[row], keys.get(against)) not in found]
-        absent += sum(row not in stores or against not in stores for row in wanted)
-        wanted = [row for row in wanted if row in stores]
-        if against not in stores or not wanted:
+        here = [row for row in wanted if {row, against} <= stores.keys()]
+        absent += len(wanted) - len(here)
+        if not here:
             continue
-        protocol, device = here[against].protocol, here[against].device
+        protocol, device = jobs[against].protocol, jobs[against].device
         assert protocol is not None
         other = scored(stores[against], protocol, device)
-        for row in wanted:
+        for row in here:
             pair = found[keys[row], keys[against]] = paired(scored(stores[row], protocol, device), other)
             print(f"{row} at NFE {nfe}: {pair.difference:+.3f} ± {pair.standard_error:.3f}", flush=True)
             write_paired(path, found)
