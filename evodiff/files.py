@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content, read once as long as nobody touches it."""
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=100_000)
+def _sha256(path: Path, inode: int, mtime_ns: int, size: int) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

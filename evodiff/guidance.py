@@ -55,7 +55,7 @@ class Classifier:
 class ClassifierFree:
     """Classifier-free guidance (arXiv 2207.12598): D_uncond + scale (D_cond - D_uncond); scale 1 is unguided.
 
-    Raises ConfigError for a model without labels.
+    Raises ConfigError for a model without labels, or without an unconditional branch.
     """
 
     scale: float = 7.5
@@ -68,6 +68,11 @@ class ClassifierFree:
         if labels is None:
             raise ConfigError(
                 "guidance=classifier_free needs a conditional model, and this one takes no labels. Use guidance=none."
+            )
+        if not model.unconditional:
+            raise ConfigError(
+                "guidance=classifier_free needs a network that was trained with labels left out, too, and this one was "
+                "always given its own. Use guidance=none, or a model with an unconditional branch, like sd15."
             )
         return _ClassifierFreeGuided(model.denoiser(labels), model.denoiser(None), self.scale)
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from evodiff.locks import locked
 class Shard:
     """One file as the manifest lists it: seeds `first` to `last`, both included, and which arrays it `holds`.
 
-    `protocol` is the hash of the protocol whose extractor gave the features in it, where there are any.
+    `protocol` is the hash of the protocol whose extractor gave the features in it, where there are any; `device` is
+    what made it, in `seconds`.
     """
 
     first: int
@@ -31,6 +31,7 @@ class Shard:
     seconds: float
     holds: tuple[str, ...] = ("images", "x")
     protocol: str | None = None
+    device: str = ""
 
     @property
     def file(self) -> str:
@@ -113,6 +114,7 @@ class SampleStore:
         seconds: float,
         weights: Mapping[str, str],
         protocol: str | None = None,
+        device: str = "",
     ) -> None:
         """Add one shard of consecutive seeds. Its arrays, with one row per seed and in their order: `images` uint8
         [N, C, H, W], `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`; `preview` holds the
@@ -126,7 +128,7 @@ class SampleStore:
         named: dict[str, Any] = {"seeds": np.asarray(seeds), **arrays}
         with whole_file(path) as temporary, temporary.open("wb") as f:
             np.savez(f, **named)
-        entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol)
+        entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol, device)
         with locked(self.folder, "manifest.lock"):
             content = self._read()
             self._check_files(content, weights, unnoted=weights)
@@ -213,7 +215,7 @@ class SampleStore:
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""
         path = self.folder / shard.file
-        return path.exists() and _digest(path, path.stat().st_mtime_ns, path.stat().st_size) == shard.sha256
+        return path.exists() and sha256(path) == shard.sha256
 
     def _read(self) -> dict[str, Any]:
         if not self.manifest.exists():
@@ -235,9 +237,3 @@ class SampleStore:
                 f"Move the folder away or choose another results folder."
             )
         return content
-
-
-@lru_cache(maxsize=100_000)
-def _digest(path: Path, mtime_ns: int, size: int) -> str:
-    """sha256 of a file, read once as long as nobody touches it."""
-    return sha256(path)

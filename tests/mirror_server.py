@@ -10,8 +10,9 @@ CONTENT = bytes(range(256)) * 2048
 class Server(ThreadingHTTPServer):
     """`replies[path]` is a list of replies, used up one by one, the last one kept; `seen` the requests, in order.
 
-    A reply is a dict: content; status; etag; type; cut: bytes after which the connection is closed; ranges: whether
-    partial requests are understood; hold: an event to wait for before anything is sent.
+    A reply is a dict: content; status; partial: 206 where nobody asked for a part; etag; type; cut: bytes after which the connection is closed; ranges: whether
+    partial requests are understood; hold: an event to wait for before anything is sent; headers: others beside these,
+    None for one that is left out.
     """
 
     daemon_threads = True
@@ -50,19 +51,19 @@ class Handler(BaseHTTPRequestHandler):
         first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and reply.get("ranges", True) else 0
         if condition is not None and condition != etag:
             first = 0
-        if first >= len(content):
+        if first and first >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.send_response(206 if first else 200)
-        if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - first))
-        self.send_header("Content-Type", reply.get("type", "application/octet-stream"))
-        if etag:
-            self.send_header("ETag", etag)
+        self.send_response(reply.get("partial", 206 if first else 200))
+        headers = {"Content-Length": str(len(content) - first), "ETag": etag}
+        headers["Content-Type"] = reply.get("type", "application/octet-stream")
+        headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}" if first else None
+        for name, value in {**headers, **reply.get("headers", {})}.items():
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         end = min(len(content), reply.get("cut", len(content)))
         self.wfile.write(content[first:end])

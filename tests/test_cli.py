@@ -11,6 +11,7 @@ import hydra
 import numpy as np
 import pytest
 
+from evodiff.cli import COMMANDS, main
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import ROOT
 from evodiff.runs import loaded
@@ -68,6 +69,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(evodiff_command, results, over
     assert err.startswith("evodiff: ")
     assert err.count("\n") == 1, err
     assert out == ""
+    assert files(results) == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_tells_more(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as e:  # as argparse and Hydra end
+        code = e.code
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "evodiff" in out or "Configuration groups" in out
+
+
+@pytest.mark.parametrize(
+    "asked", ["table demo --help", "report demo -h", "wandb push demo --help", "show table=demo -h"]
+)
+def test_help_is_shown_wherever_it_is_asked_for(evodiff_command, results, asked):
+    code, out, err = evodiff_command(*asked.split())
+    assert (code, err) == (0, "") and out.startswith(f"usage: evodiff {asked.split()[0]} ")
     assert files(results) == []
 
 
@@ -133,6 +154,22 @@ def test_the_record_repeats_the_run(evodiff_command, results):
     assert Run(**record["run"]).key() == folder.name == record["key"]
 
 
+def test_the_record_names_the_device_that_made_the_images(evodiff_command, results):
+    evodiff_command("sample", *MIXTURE, "solver=ddim", "nfe=5")
+    folder = next((results / "runs" / "mixture").iterdir())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert all(shard.pop("device").startswith("cpu (") for shard in manifest["shards"])
+    assert evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5", "threads=1")[0] == 0  # of an older manifest
+    record = json.loads((folder / "score.json").read_text())
+    for shard in manifest["shards"]:
+        shard["device"] = "the GPU"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "score.json").unlink()
+    assert evodiff_command("run", *MIXTURE, "solver=ddim", "nfe=5")[0] == 0
+    again = json.loads((folder / "score.json").read_text())
+    assert record["device"].startswith("cpu (") and again == record | {"device": "the GPU"}
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4])
 def test_batch_size_does_not_change_the_images(evodiff_command, results, tmp_path, batch):
     common = [o for o in MIXTURE if not o.startswith("batch")]
@@ -159,6 +196,24 @@ def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
     assert "Heun cannot spend exactly nfe=5" in err
     assert "1 runs of the sweep failed" in err
     assert out.startswith("mixture/ddim-nfe5")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_sweep_is_shown_and_nothing_is_run(results, capsys, flag):
+    with pytest.raises(SystemExit, match="0"):  # as Hydra ends
+        main(["sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5,6"])
+    assert "== Configuration groups ==" in capsys.readouterr().out
+    assert files(results) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--dryrun", "--dryrun does nothing with -m, which takes key=value only"), ("--nfe=6", "Write nfe=6")],
+)
+def test_a_flag_beside_a_sweep_is_refused(evodiff_command, results, flag, message):
+    code, _, err = evodiff_command("sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5")
+    assert code == 1 and message in err and err.count("\n") == 1
+    assert files(results) == []
 
 
 def test_an_interval_has_no_values_to_sweep(evodiff_command):
@@ -254,6 +309,25 @@ def test_scoring_before_sampling_says_what_to_do(evodiff_command, results):
     code, _, err = evodiff_command("score", *MIXTURE, "solver=ddim", "nfe=5")
     assert code == 1
     assert "lacks 8 of 8 images" in err
+
+
+RMSE = [*MIXTURE[:2], *MIXTURE[3:], "reference_run=['solver=ddim','nfe=9']", "metrics=[rmse]", "solver=ddim", "nfe=5"]
+
+
+def test_scoring_before_sampling_makes_no_reference(evodiff_command, results):
+    code, _, err = evodiff_command("score", *RMSE)
+    assert code == 1
+    assert "lacks 8 of 8 images" in err
+    assert files(results) == []
+
+
+@pytest.mark.parametrize("command", ["run", "score"])
+def test_what_is_scored_needs_its_reference_no_more(evodiff_command, results, command):
+    first = evodiff_command("run", *RMSE)
+    (reference,) = (results / "runs/mixture").glob("ddim-nfe9-*")
+    shutil.rmtree(reference)
+    assert evodiff_command(command, *RMSE) == (0, first[1], "")
+    assert not reference.exists()
 
 
 KILLED = """

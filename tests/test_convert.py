@@ -93,6 +93,11 @@ def test_score_sde_averages_of_another_network_are_refused(tmp_path):
     content["ema"]["shadow_params"].pop()
     with pytest.raises(CheckpointError, match="EMA weights do not fit"):
         convert(saved(tmp_path / "cut.pth", content), description=Description("score_sde", SCORE_SDE))
+    content["ema"]["shadow_params"].append("no tensor")
+    with pytest.raises(CheckpointError, match="EMA weights do not fit"):
+        convert(saved(tmp_path / "strange.pth", content), description=Description("score_sde", SCORE_SDE))
+    with pytest.raises(CheckpointError, match="holds a dict of ema, model"):
+        convert(saved(tmp_path / "numbers.pth", {"model": 3, "ema": 4}))
 
 
 @pytest.mark.parametrize("layout", ["list", "plain", "parallel"])
@@ -189,6 +194,9 @@ def test_weights_with_the_shapes_of_a_published_network_are_recognised(tmp_path,
     monkeypatch.setattr(registry, "MANIFEST", manifest)
     found = load(saved(tmp_path / "another-name.pt", model))
     assert found.config == ADM and found.schedule["betas"] == "cosine"
+    # a file of the constructor's arguments, as guided-diffusion has them, says nothing of the schedule
+    (tmp_path / "another-name.json").write_text(json.dumps({"constructor_kwargs": ADM}))
+    assert load(saved(tmp_path / "another-name.pt", model)).schedule["num_timesteps"] == 7
     assert fingerprint(model) != fingerprint(weights("guided_diffusion", ADM | {"num_classes": 5}))
 
 

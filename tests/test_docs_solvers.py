@@ -69,6 +69,12 @@ def test_a_solver_without_a_paper_is_refused(monkeypatch):
         docs_solvers.paper(Nameless())
 
 
+def test_a_solver_that_is_proved_against_nothing_is_refused(monkeypatch):
+    monkeypatch.delitem(docs_solvers.EXACT, "bdia")
+    with pytest.raises(ConfigError, match="solver=bdia is proved against nothing yet: write a test"):
+        docs_solvers.facts("bdia")
+
+
 def test_errors_are_rounded_to_what_does_not_depend_on_the_machine():
     rounded = [docs_solvers.rounded_up(error) for error in (0.0, 3e-15, 2e-12, 7e-7)]
     assert rounded == ["1e-12", "1e-12", "1e-11", "1e-6"]

@@ -231,6 +231,23 @@ def test_a_web_page_is_not_taken_for_the_file(entry, server, reply):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ({"partial": 206}, "other parts of the file"),
+        ({"content": b""}, "ended after 0 bytes of some 100 MB"),
+        ({"headers": {"Content-Length": None}}, "ended after 524,288 bytes of some 100 MB"),
+        ({"headers": {"Content-Encoding": "gzip"}}, "in another form .gzip"),
+    ],
+)
+def test_an_answer_that_cannot_be_the_file_is_refused_without_a_hash(entry, server, reply, message):
+    path = entry("/a", mb=100)
+    server.replies["/a"] = [reply]
+    with pytest.raises(CheckpointError, match=message):
+        fetch("thing")
+    assert not path.exists() and len(server.seen) <= 1 + module.ATTEMPTS
+
+
 def test_one_dead_link_does_not_stop_the_others(entry, server, capsys):
     path = entry("/a")
     manifest = json.loads(registry.MANIFEST.read_text())

@@ -1,5 +1,6 @@
 """Guidance: its formulas on distributions where they are exact, its cost, and that no graph outlives a call."""
 
+import dataclasses
 import weakref
 
 import pytest
@@ -111,6 +112,10 @@ def test_guidance_that_a_model_cannot_have_is_refused():
         Classifier()(unconditional, torch.tensor([0]))
     with pytest.raises(ConfigError, match="needs a conditional model"):
         ClassifierFree()(unconditional, None)
+    # EDM's and ADM's class-conditional networks were always given a class: their answer without one means nothing
+    always_given = dataclasses.replace(unconditional, num_classes=3, unconditional=False)
+    with pytest.raises(ConfigError, match="labels left out"):
+        ClassifierFree()(always_given, torch.tensor([0]))
 
 
 def small_classifier(schedule="own"):

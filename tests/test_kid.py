@@ -6,6 +6,7 @@ from evodiff.compat import import_torchvision
 from evodiff.errors import MetricError
 from evodiff.metrics.inception_score import inception_score
 from evodiff.metrics.kid import kid, mmd2
+from evodiff.metrics.protocol import protocol
 
 
 def normal(n, d=4, seed=0, shift=0.0):
@@ -61,9 +62,28 @@ def test_too_few_images_are_refused():
 
 def test_inception_score_of_one_hot_answers_is_the_number_of_classes():
     certain = 1e4 * torch.eye(10).repeat(20, 1)
-    mean, std = inception_score(certain, splits=1)
+    mean, std = inception_score(certain, part=len(certain))
     assert mean == pytest.approx(10) and std == 0
     assert inception_score(torch.zeros(100, 10))[0] == pytest.approx(1)
+
+
+def test_an_inception_score_has_parts_of_as_many_images_as_the_protocol_says():
+    logits = 3 * torch.randn(10_000, 40, generator=torch.Generator().manual_seed(0))
+    p = logits.double().softmax(1)
+    whole = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    tenths, halves, (one, spread) = (
+        inception_score(logits),
+        inception_score(logits, 5_000),
+        inception_score(logits, 50_000),
+    )
+    assert one == pytest.approx(whole, rel=1e-12) and spread == 0  # score_sde's, in one pass
+    # the mean of p(y) of fewer images is nearer to each of them
+    assert tenths[0] < halves[0] < one
+    assert {name: protocol(name).is_part for name in ("adm", "score_sde", "edm")} == {
+        "adm": 5_000,
+        "score_sde": 50_000,
+        "edm": None,
+    }
 
 
 def test_inception_score_equals_torch_fidelity():

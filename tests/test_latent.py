@@ -77,6 +77,21 @@ def test_an_unconditional_pipeline_samples_latents_and_decodes_images(unconditio
         latent(str(unconditional), prompts=str(unconditional / "p.txt"))
 
 
+def test_latents_are_decoded_at_the_scale_they_were_trained_at(unconditional):
+    from diffusers import VQModel
+
+    decoder = VQModel.from_pretrained(unconditional / "vqvae").eval()
+    z = torch.randn(2, 3, 8, 8)
+    for scaling, divisor in ((1.0, 1.0), (0.5, 0.5), (None, decoder.config.scaling_factor)):
+        model = latent(str(unconditional), scaling=scaling)
+        with torch.no_grad():
+            expected = decoder.decode(z / divisor).sample
+        assert torch.allclose(model.decode(z), expected, atol=1e-5)
+    # LSUN-Bedroom's were not scaled, and diffusers' default for its decoder is Stable Diffusion's
+    assert decoder.config.scaling_factor == 0.18215
+    assert compose("run", ["model=lsun_bedroom_ldm"]).model.scaling == 1.0
+
+
 def test_our_denoiser_is_the_pipelines_noise_prediction(unconditional):
     from diffusers import UNet2DModel
 

@@ -52,7 +52,13 @@ CHANGES = {
     "reference_sha256": "00",
     "n": 10,
     "labels": "seeded_random",
+    "is_part": 100,
 }
+
+
+def test_what_a_command_line_takes_for_a_number_may_be_text():
+    given = protocol("mnist").describe() | {"scaling": 127.5, "extractor_sha256": 12345678}
+    assert from_dict(given) == from_dict(given | {"scaling": "127.5", "extractor_sha256": "12345678"})
 
 
 @pytest.mark.parametrize("field", CHANGES)

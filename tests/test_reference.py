@@ -149,7 +149,16 @@ def test_unreadable_files_are_refused_and_nothing_is_executed(tmp_path):
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
     with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
         archive.writestr("mu.npy", b"\x93NUMPY\x01\x00cut")
-    for name in ("text.npz", "bomb.npz", "bomb.pt", "cut.npz", "absent.npz"):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    np.savez(tmp_path / "half.npz", mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2))
+    np.savez_compressed(tmp_path / "damaged.npz", mu=np.arange(4096.0), sigma=np.eye(2))
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[200:260] = bytes(60)
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    strange = ("array.npz", "list.pt", "half.npz", "damaged.npz")
+    for name in ("text.npz", "bomb.npz", "bomb.pt", "cut.npz", "absent.npz", *strange):
         with pytest.raises(MetricError, match=name):
             Reference.load(tmp_path / name)
 

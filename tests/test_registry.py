@@ -175,6 +175,7 @@ def configs(tmp_path, monkeypatch):
         },
         "table/mine": {"base": ["protocol=fid"], "rows": {"a": ["protocol.dataset=mine"]}},
         "table/free": {"base": ["model=small"], "rows": {"a": []}},
+        "table/latent": {"base": ["model=small", "model.pipeline=checkpoints/pipes"], "rows": {"a": []}},
     }
     for name, content in files.items():
         path = tmp_path / "configs" / f"{name}.yaml"
@@ -195,8 +196,10 @@ def test_what_a_table_needs(configs):
     entries, made = needs.of_table("mine")
     assert entries == ["inception"] and [path.name for path in made] == ["a.npz"]
     assert needs.of_table("free") == ([], [])
+    assert needs.by_hand("mine") == []
+    assert [path.name for path in needs.by_hand("latent")] == ["pipes"]
     assert needs.of("lsun_bedroom_ldm_original") == ["lsun_bedroom_ldm_original", "vq_f4_original"]
-    with pytest.raises(ConfigError, match="there is no table gided; possible: free, guided, mine"):
+    with pytest.raises(ConfigError, match="there is no table gided; possible: free, guided, latent, mine"):
         needs.of_table("gided")
 
 

@@ -123,7 +123,7 @@ def test_folder_zip_npz_and_run_score_the_same(digits, tmp_path, capsys):
     np.savez(run / "shard-000000.npz", images=digits.numpy())
     np.savez(run / "shard-000500.npz", images=digits.numpy())  # not listed: does not exist
     listed = {"first": 0, "sha256": sha256(run / "shard-000000.npz")}
-    (run / "manifest.json").write_text(json.dumps({"shards": [listed]}))
+    (run / "manifest.json").write_text(json.dumps({"run": {"rounding": "round"}, "shards": [listed]}))
     expected = score([digits], MNIST)["fd_mnist@100"]
     for name in ("png", "a.zip", "nhw.npz", "nhwc.npz", "float.npz", "run"):
         assert score_path_main([f"path={tmp_path / name}", "protocol=mnist", "batch=33", "--json"]) == 0
@@ -204,9 +204,16 @@ def test_arrays_that_are_no_images_are_refused_by_name(array, message, tmp_path)
 
 def test_a_changed_shard_and_a_broken_zip_are_refused(digits, tmp_path):
     np.savez(tmp_path / "shard-000000.npz", images=digits.numpy())
-    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"first": 0, "sha256": "0" * 64}]}))
+    manifest = {"run": {"rounding": "round"}, "shards": [{"first": 0, "sha256": "0" * 64}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(MetricError, match="shard-000000"):
         list(read_images(tmp_path, channels=1))
+    with pytest.raises(MetricError, match="sampled with rounding=round, but .* rounding=truncate"):
+        list(read_images(tmp_path, channels=1, rounding="truncate"))
+    np.save(tmp_path / "array.npy", digits.numpy())
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    with pytest.raises(MetricError, match=r"array\.npz is no readable npz"):
+        list(read_images(tmp_path / "array.npz", channels=1))
     (tmp_path / "broken.zip").write_text("no zip")
     with pytest.raises(MetricError, match="broken.zip"):
         list(read_images(tmp_path / "broken.zip", channels=1))

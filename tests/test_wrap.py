@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import evodiff
+from evodiff.checkpoints.registry import find
 from evodiff.config import CONFIGS, build, choices, compose
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import LogSNR, grid_for
@@ -101,7 +102,7 @@ def test_labels_are_fractions_of_the_trained_ones_or_the_nearest():
     assert DiscreteTime(1000)(schedule.node(0.25075)) == pytest.approx(249.75)
     assert DiscreteTime(1000, whole=True)(schedule.node(0.25075)) == 250
     assert ContinuousTime(999)(LinearVP().node(0.5)) == 499.5
-    with pytest.raises(SamplingError, match="outside the times 0.001 to 1"):
+    with pytest.raises(SamplingError, match="outside the times 0.001 to 1.*where churn .* a lower S_max"):
         DiscreteTime(1000)(schedule.node(5e-4))
     with pytest.raises(ConfigError, match="below the times"):
         schedule.node(1e-4)
@@ -117,12 +118,18 @@ def test_schedules_of_checkpoints():
     cosine = schedule_of({"type": "DiscreteVP", "betas": "cosine", "num_timesteps": 1000})
     assert cosine.node(0.5).alpha == pytest.approx(math.cos(0.508 / 1.008 * math.pi / 2), rel=1e-3)
     assert len(cosine_betas(1000)) == 1000 and max(cosine_betas(1000)) == 0.999
+    # ADM's 64x64 network is sampled from where DPM-Solver clips lambda, not from where alpha is 5e-5
+    published = schedule_of(find("imagenet64_adm").schedule)
+    assert published.node(published.t_start).lam == pytest.approx(-5.1, abs=1e-3) and cosine.node(1).lam < -9
     # Stable Diffusion's: half-log-SNR 3.5347 to -2.6820
     latent = DiscreteVP.from_betas(scaled_linear_betas(0.00085, 0.012, 1000))
     assert latent.node(0.001).lam == pytest.approx(3.5347, abs=1e-4)
     assert latent.node(1.0).lam == pytest.approx(-2.6820, abs=1e-4)
     with pytest.raises(ConfigError, match="type=Cosine"):
         schedule_of({"type": "Cosine"})
+    for wrong in ({"type": "EDM", "t_stat": 1.0}, {"type": "DiscreteVP", "betas": "cosine"}):
+        with pytest.raises(ConfigError, match="cannot be made of"):
+            schedule_of(wrong)
 
 
 class Tiny(nn.Module):
@@ -178,6 +185,10 @@ OWN = {"shape": (3, 8, 8), "predicts": "eps", "schedule": DiscreteVP.linear()}
 def test_wrapping_a_module_freezes_it_and_takes_its_weights(tmp_path):
     save_file({"weight": torch.tensor(0.25)}, tmp_path / "w.safetensors")
     torch.save({"weight": torch.tensor(0.75)}, tmp_path / "w.pt")
+    for name, content in (("empty.pt", b""), ("text.pt", b"no weights")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{name} cannot be loaded into Tiny"):
+            evodiff.wrap(Tiny(), weights=str(tmp_path / name), **OWN)
     x, node = torch.ones(1, 3, 8, 8), OWN["schedule"].node(0.5)
     for name, weight in (("w.safetensors", 0.25), ("w.pt", 0.75)):
         net = Tiny().train()

@@ -78,15 +78,18 @@ def describe(
         )
     except (OmegaConfBaseException, ValueError) as e:
         raise ConfigError(f"{' '.join(overrides)}: {str(e).splitlines()[0]}") from e
-    return architecture, merged, dict(plain(given.schedule or _schedule(architecture, merged, weights.tensors)))
+    known = alike.schedule if alike else {}
+    return architecture, merged, dict(plain(given.schedule or _schedule(architecture, merged, weights.tensors, known)))
 
 
 def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=dict))
 
 
-def _schedule(architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The schedule a network was trained on, where nobody says otherwise."""
+def _schedule(
+    architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], known: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The schedule a network was trained on: what its configuration says, else the `known` one of its like."""
     if architecture == "edm":
         # the limits of the network, inside those that Karras et al. sample between
         low, high = {"VEPrecond": (0.02, 100.0)}.get(config.get("class_name", ""), (0.0, float("inf")))
@@ -102,6 +105,8 @@ def _schedule(architecture: str, config: Mapping[str, Any], tensors: Mapping[str
             return {"type": "LinearVP", "beta_min": model.get("beta_min", 0.1), "beta_max": model.get("beta_max", 20.0)}
         raise ConfigError(f"training.sde={sde} has no schedule here; possible: vpsde, vesde.")
     noise = config.get("diffusion", {})
+    if known and not noise:
+        return known
     names = {"beta_schedule": "betas", "num_diffusion_timesteps": "num_timesteps"}
     return {**DDPM_LINEAR, **{names.get(key, key): value for key, value in noise.items()}}
 

@@ -132,6 +132,7 @@ def _tables() -> Iterator[Finding]:
     for name in needs.tables():
         try:
             entries, made = needs.of_table(name)
+            by_hand = needs.by_hand(name)
         except EvodiffError as e:
             yield Finding("wrong", f"table {name}", str(e))
             continue
@@ -139,12 +140,12 @@ def _tables() -> Iterator[Finding]:
             yield Finding("wrong", f"table {name}", f"cannot be read ({e}). Mend configs/table/{name}.yaml.")
             continue
         lacking = [find(entry) for entry in entries if not find(entry).path.is_file()]
-        todo = _todo(lacking, [path for path in made if not path.is_file()])
+        todo = _todo(lacking, [path for path in (*made, *by_hand) if not path.exists()])
         here = f"its files are here: `make table-{name}`; `evodiff status {name}` tells what it computes besides"
         yield Finding("note" if todo else "ok", f"table {name}", todo or here)
 
 
-def _todo(lacking: list[Entry], unmade: list[Path]) -> str:
+def _todo(lacking: list[Entry], absent: list[Path]) -> str:
     told = []
     if lacking:
         size = sum(entry.size or 0 for entry in lacking)
@@ -153,5 +154,5 @@ def _todo(lacking: list[Entry], unmade: list[Path]) -> str:
         if automatic:
             told.append(f"`evodiff fetch {' '.join(automatic)}`{known}")
         told += [entry.by_hand for entry in lacking if not entry.urls]
-    told += [f"make {path} with `evodiff stats build`" for path in unmade]
+    told += [f"make {p} with `evodiff stats build`" if p.suffix == ".npz" else f"bring {p} here" for p in absent]
     return "; ".join(told)

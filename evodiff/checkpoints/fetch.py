@@ -126,6 +126,7 @@ def _from_mirror(entry: Entry, url: str, part: Path, advance: Advance) -> None:
         try:
             continued |= _transfer(entry, url, part, advance)
         except _Stale:
+            attempt, problem = attempt + 1, "it answers with other parts of the file than it is asked for"
             _discard(part)
             continue
         except urllib.error.HTTPError as e:
@@ -170,6 +171,8 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
     with response:
         if "text/html" in response.headers.get("Content-Type", "") and not entry.file.endswith(".html"):
             raise _Failure("it shows a web page (sign-in, quota or virus scan) instead of the file")
+        if coding := response.headers.get("Content-Encoding"):
+            raise _Failure(f"it sends the file in another form ({coding}), without being asked to")
         if response.status != http.client.PARTIAL_CONTENT:
             had = 0  # all of it, from the start
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):
@@ -195,6 +198,8 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
                 advance(done, total)
         if total is not None and done < total:
             raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes")
+        if not total and done < (entry.size or 1) / 4:  # without a length, the end may be that of the connection
+            raise ConnectionError(f"it ended after {done:,} bytes" + f" of some {entry.mb} MB" * bool(entry.mb))
     return had > 0
 
 

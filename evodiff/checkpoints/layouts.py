@@ -65,7 +65,7 @@ def _load_safetensors(path: Path) -> Tensors:
 
 
 def _state_dict(path: Path, content: Any, ema: bool) -> Tensors:
-    if isinstance(content, Mapping) and {"model", "ema"} <= content.keys():
+    if isinstance(content, Mapping) and {"model", "ema"} <= content.keys() and isinstance(content["model"], Mapping):
         model = _bare(content["model"])
         return _named(path, model, content["ema"]) if ema else model
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
@@ -94,6 +94,10 @@ def _bare(state_dict: Any) -> Tensors:
     return {str(k).removeprefix("module."): v for k, v in dict(state_dict).items()}
 
 
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
 def _named(path: Path, model: Tensors, ema: Any) -> Tensors:
     """The model's state_dict with its parameters replaced by the nameless list of averages.
 
@@ -103,7 +107,7 @@ def _named(path: Path, model: Tensors, ema: Any) -> Tensors:
     names = [name for name in model if name != "sigmas"]
     if isinstance(shadow, list) and len(shadow) == len(names) - 1:
         names = [name for name in names if name != "all_modules.0.W"]
-    if not isinstance(shadow, list) or [tuple(model[n].shape) for n in names] != [tuple(s.shape) for s in shadow]:
+    if not isinstance(shadow, list) or [_shape(model[n]) for n in names] != [_shape(s) for s in shadow]:
         raise CheckpointError(
             f"{path}: its EMA weights do not fit its model ({len(shadow or ())} tensors for {len(names)} parameters). "
             "The file is damaged or of another code base; fetch it again."

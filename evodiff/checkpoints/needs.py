@@ -7,7 +7,7 @@ from typing import Any
 from evodiff.checkpoints.registry import find, registry
 from evodiff.errors import ConfigError
 from evodiff.files import read_yaml
-from evodiff.paths import CHECKPOINTS, CONFIGS, check_checkout
+from evodiff.paths import CHECKPOINTS, CONFIGS, check_checkout, resolve
 
 GROUPS = ("model", "solver", "grid", "guidance", "protocol")
 
@@ -19,13 +19,23 @@ def tables() -> list[str]:
 
 def of_table(name: str) -> tuple[list[str], list[Path]]:
     """Entries of the registry that a table needs, and its files under checkpoints/ that are not fetched but made."""
+    words = _of_rows(name)
+    return _entries(words), sorted(CHECKPOINTS / word for word in words if word.endswith(".npz"))
+
+
+def by_hand(name: str) -> list[Path]:
+    """Folders and files under checkpoints/ that a table names and nobody publishes in one piece: pipelines, prompts."""
+    return sorted(resolve(word) for word in _of_rows(name) if word.startswith("checkpoints/"))
+
+
+def _of_rows(name: str) -> set[str]:
+    """Every string in the configurations of a table's rows."""
     table = _read("table", name)
     if table is None:
         raise ConfigError(f"there is no table {name}; possible: {', '.join(tables())}.")
     base = list(table.get("base") or [])
     rows = [[*base, *_overrides(row)] for row in (table.get("rows") or {}).values()] or [base]
-    words = {word for row in rows for word in _words(_choices(row))}
-    return _entries(words), sorted(CHECKPOINTS / word for word in words if word.endswith(".npz"))
+    return {word for row in rows for word in _words(_choices(row))}
 
 
 def of(name: str) -> list[str]:

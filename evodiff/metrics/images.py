@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def read_images(path: Path, channels: int, rounding: str = "round", batch: int =
     channels.
     """
     if path.is_dir():
-        shards = _shards(path)
-        chunks = _of_folder(path, channels) if shards is None else _of_run(path, shards, channels, rounding)
+        run = _run(path)
+        chunks = _of_folder(path, channels) if run is None else _of_run(path, run, channels, rounding)
     elif path.suffix == ".zip":
         chunks = _of_zip(path, channels)
     elif path.suffix == ".npz":
@@ -94,17 +95,31 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
     return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
 
 
-def _shards(path: Path) -> dict[int, str] | None:
-    """First seed and sha256 of a run's shards; None for a folder that is no run, whatever its manifest.json is."""
+@dataclass(frozen=True)
+class _Run:
+    """First seed and sha256 of a run's shards, and how its images became uint8."""
+
+    shards: dict[int, str]
+    rounding: str
+
+
+def _run(path: Path) -> _Run | None:
+    """None for a folder that is no run, whatever its manifest.json is."""
     try:
-        shards = json.loads((path / "manifest.json").read_text())["shards"]
-        return {int(shard["first"]): str(shard["sha256"]) for shard in shards}
+        manifest = json.loads((path / "manifest.json").read_text())
+        shards = {int(shard["first"]): str(shard["sha256"]) for shard in manifest["shards"]}
+        return _Run(shards, str(manifest["run"]["rounding"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _of_run(path: Path, shards: dict[int, str], channels: int, rounding: str) -> Iterator[Named]:
-    for first, digest in sorted(shards.items()):
+def _of_run(path: Path, run: _Run, channels: int, rounding: str) -> Iterator[Named]:
+    if run.rounding != rounding:
+        raise MetricError(
+            f"{path} was sampled with rounding={run.rounding}, but this protocol scores images with "
+            f"rounding={rounding}. Sample with that, or choose another protocol."
+        )
+    for first, digest in sorted(run.shards.items()):
         file = path / f"shard-{first:06d}.npz"
         if not file.exists() or sha256(file) != digest:
             raise MetricError(f"{file} is not what its manifest promises; run the sampling again")
@@ -113,11 +128,11 @@ def _of_run(path: Path, shards: dict[int, str], channels: int, rounding: str) ->
 
 def _of_npz(path: Path, channels: int, rounding: str) -> Iterator[Named]:
     try:
-        with np.load(path) as file:
+        with zipfile.ZipFile(path), np.load(path) as file:  # which would read other files under this name, too
             names = [n for n in ("images", "samples", "arr_0") if n in file]
             array = file[names[0]] if names else None
             held = ", ".join(sorted(file))
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as e:
+    except Exception as e:  # what a damaged or foreign archive makes zipfile, zlib and numpy raise has no end
         raise MetricError(f"{path} is no readable npz: {e}") from e
     if array is None or array.ndim not in (3, 4):
         raise MetricError(

@@ -12,7 +12,7 @@ from evodiff.files import whole_file
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import extractor_of, reference_of
+from evodiff.metrics.score import AT_ONCE, extractor_of, reference_of
 from evodiff.metrics.uncertainty import influence, standard_error
 from evodiff.store import SampleStore
 
@@ -36,7 +36,8 @@ class Paired:
 def scored(store: SampleStore, protocol: Protocol, device: str = "cpu") -> Scored:
     """Of a complete run that keeps its images."""
     extract, reference = extractor_of(protocol, device), reference_of(protocol).gaussian
-    features = torch.cat([extract(torch.from_numpy(images)).features for (images,) in store.batches("images")])
+    parts = (part for (images,) in store.batches("images") for part in torch.from_numpy(images).split(AT_ONCE))
+    features = torch.cat([extract(part).features for part in parts])
     return Scored(frechet_distance(Moments.of(features), reference), influence(features, reference))
 
 

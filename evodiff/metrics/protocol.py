@@ -30,9 +30,10 @@ class Protocol:
     reference         file under checkpoints/, or name in the registry
     reference_sha256  like extractor_sha256
     n                 number of images; fewer make a proxy, which no table of a paper accepts
-    labels            how the classes of its images are chosen: `seeded_random`, by each image's seed, as the classes of
-                      a conditional model always are; `none` where the published models have no classes
+    labels            how the published scores chose the classes of their images: `seeded_random`, or `none` where their
+                      models have none. What a conditional model is given here is always by each image's seed
     feature_dtype, moment_dtype  of the extractor and of everything after it
+    is_part           images in one part of the Inception Score; None: a tenth of them, as torch-fidelity takes
     """
 
     name: str
@@ -49,6 +50,7 @@ class Protocol:
     labels: str = "none"
     feature_dtype: str = "float32"
     moment_dtype: str = "float64"
+    is_part: int | None = None
 
     def __post_init__(self) -> None:
         allowed: dict[str, tuple[str, ...]] = {"rounding": ROUNDINGS, "labels": LABEL_POLICIES}
@@ -60,11 +62,16 @@ class Protocol:
                 )
         if not isinstance(self.reference, str) or not self.reference:
             raise ConfigError(f"protocol {self.name}: reference={self.reference!r} names no file; see checkpoints/")
+        if self.is_part is not None and (not isinstance(self.is_part, int) or self.is_part < 1):
+            raise ConfigError(
+                f"protocol {self.name}: is_part={self.is_part} is not possible; a part has 1 image or more"
+            )
         if not isinstance(self.n, int) or self.n < 2:
             raise ConfigError(f"protocol {self.name}: n={self.n} is not possible; a covariance needs 2 images or more")
 
     def fields(self) -> dict[str, Any]:
-        return asdict(self)
+        # is_part came when there were scores already, whose protocols have no such field
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("is_part", None)}
 
     @cached_property
     def hash(self) -> str:
@@ -131,4 +138,7 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
             f"protocol {given.get('name')}: unknown fields {unknown}, missing fields {missing}; "
             f"there are {', '.join(known)}"
         )
+    for name in ("scaling", "extractor_sha256", "reference_sha256"):
+        if given[name] is not None:
+            given[name] = str(given[name])  # a command line makes numbers of 127.5 and of digits alone
     return Protocol(**given)

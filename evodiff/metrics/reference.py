@@ -1,10 +1,8 @@
 """Reference statistics: the real images' side of a score, one npz with its provenance."""
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,11 +89,16 @@ def _open(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     try:
         if path.suffix in (".pt", ".pth"):
             with torch.serialization.safe_globals(_NUMPY_GLOBALS):
-                yield torch.load(path, weights_only=True, map_location="cpu")
+                file = torch.load(path, weights_only=True, map_location="cpu")
         else:
-            with np.load(path) as file:
-                yield file
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+            file = np.load(path)
+        if not isinstance(file, Mapping):
+            raise MetricError(f"{path} holds a {type(file).__name__}; reference statistics are arrays with names")
+        with file if isinstance(file, np.lib.npyio.NpzFile) else nullcontext():
+            yield file
+    except MetricError:
+        raise
+    except Exception as e:  # what a damaged or foreign archive makes zipfile, zlib, numpy and torch raise has no end
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise MetricError(f"{path} cannot be read as reference statistics: {reason}") from e
 

@@ -10,14 +10,15 @@ KERNELS = ("tensorflow", "torch", "clean")
 
 
 def resize(images: Tensor, size: int, kernel: str) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 [B, C, size, size] in 0..255, not rounded (clean may overshoot).
+    """uint8 [B, C, H, W] -> float32 [B, C, size, size] in 0..255, not rounded.
 
     tensorflow  bilinear between pixel corners, the operator of the 2015 graph (EDM, ADM, TF-GAN, torch-fidelity)
     torch       bilinear between pixel centres, no anti-aliasing (pytorch-fid)
-    clean       Pillow's bicubic with anti-aliasing, on floats (clean-fid, arXiv 2104.11222)
+    clean       Pillow's bicubic with anti-aliasing, on floats, cut to 0..255 (clean-fid, arXiv 2104.11222)
     """
     rows, columns = (resize_matrix(n, size, kernel).to(images.device) for n in images.shape[2:])
-    return rows @ images.float() @ columns.T
+    resized = rows @ images.float() @ columns.T
+    return resized.clamp(0, 255) if kernel == "clean" else resized  # only a bicubic overshoots
 
 
 @cache

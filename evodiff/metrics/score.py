@@ -12,7 +12,7 @@ from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
-from evodiff.metrics.inception_score import SPLITS, inception_score
+from evodiff.metrics.inception_score import PARTS, inception_score
 from evodiff.metrics.kid import SUBSET_SIZE, kid
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.precision_recall import NEIGHBOURS, precision_recall
@@ -34,7 +34,7 @@ METRICS = {
 AT_ONCE = 250
 """Images that the extractor sees at one time, of a run."""
 CURVE = (5_000, 10_000, 25_000, 50_000)
-LEAST = {"is": SPLITS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
+LEAST = {"is": PARTS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
 """Images that a metric needs; the others need 2."""
 _FROM_FEATURES = {"kid", "pr", "curve", "ci", "limit"}
 
@@ -146,7 +146,8 @@ class Scorer:
         if self.spatial is not None and self.reference.spatial is not None:
             values[key("sfid", n)] = frechet_distance(self.spatial, self.reference.spatial)
         if self.logits is not None:
-            values |= zip((key("is", n), key("is_std", n)), inception_score(self.logits.tensor), strict=True)
+            found = inception_score(self.logits.tensor, self.protocol.is_part)
+            values |= zip((key("is", n), key("is_std", n)), found, strict=True)
         if self.features is not None:
             values |= self._from_features(self.features.tensor)
         return values

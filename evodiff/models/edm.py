@@ -44,6 +44,7 @@ def edm(checkpoint: str, schedule: NoiseSchedule | None = None, device: torch.de
         denoiser,
         shape=(channels, size, size),
         num_classes=classes,
+        unconditional=not classes or file.config.get("label_dropout", 0) > 0,
         files={Path(checkpoint).name: file.sha256},
         device=torch.device(device),
         networks=(net,),

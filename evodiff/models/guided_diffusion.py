@@ -58,6 +58,7 @@ def guided_diffusion(
         partial(_denoiser, net, seen),
         shape=(file.config["in_channels"], size, size),
         num_classes=classes,
+        unconditional=net.config.num_classes is None,
         files=files,
         device=torch.device(device),
         classifier=log_p,

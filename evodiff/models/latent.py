@@ -30,11 +30,13 @@ def latent(
     pipeline: str,
     prompts: str | None = None,
     schedule: str = "own",
+    scaling: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Pretrained:
     """A folder or a hub name that diffusers reads: its U-Net, decoder, betas and, with `prompts`, its text encoder.
 
-    Relative paths may start at the project's root. Under EVODIFF_OFFLINE a hub name means what the hub's cache on this
+    `scaling` is what latents were multiplied with in training; None: the `scaling_factor` that diffusers gives the
+    decoder, 0.18215 where its configuration has none. Relative paths may start at the project's root. Under EVODIFF_OFFLINE a hub name means what the hub's cache on this
     machine holds of it. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
     """
     if offline():
@@ -69,7 +71,7 @@ def latent(
             f"model.prompts, a file with one prompt per line."
         )
     embeddings = embed_prompts(parts["tokenizer"], parts["text_encoder"].to(device), texts) if texts else None
-    model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, device)
+    model = from_parts(parts["unet"], decoder, parts["scheduler"], embeddings, schedule, scaling, device)
     files = _files(folder) | ({Path(prompts).name: sha256(resolve(prompts))} if prompts is not None else {})
     return dataclasses.replace(model, files=files)
 
@@ -80,9 +82,11 @@ def from_parts(
     scheduler: Any,
     embeddings: Tensor | None = None,
     schedule: str = "own",
+    scaling: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Pretrained:
-    """A model of diffusers' parts; `embeddings` [K + 1, tokens, width] are those of K prompts and, last, of none."""
+    """A model of diffusers' parts, as `latent` makes it; `embeddings` [K + 1, tokens, width] are those of K prompts
+    and, last, of none."""
     unet, decoder = (part.eval().requires_grad_(False).to(device) for part in (unet, decoder))
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -93,7 +97,7 @@ def from_parts(
         raise ConfigError(f"prediction_type={kind} of this pipeline is not known; possible: {', '.join(PREDICTIONS)}.")
     if embeddings is not None:
         embeddings = embeddings.to(device, unet.dtype)
-    scaling = decoder.config.get("scaling_factor", 1.0)
+    scaling = decoder.config.get("scaling_factor", 1.0) if scaling is None else scaling
 
     def denoiser(labels: Tensor | None) -> Denoiser:
         def network(x: Tensor, t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From a checkpoint to a network on a device, and to the schedule it was trained on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,23 +44,32 @@ def load_network(name_or_path: str, architecture: str, device: torch.device | st
 def schedule_of(description: Mapping[str, Any]) -> NoiseSchedule:
     """The schedule a checkpoint names by `type`. Raises ConfigError."""
     fields = dict(description)
-    match fields.pop("type", None):
-        case "EDM":
-            return EDM(**fields)
-        case "LinearVP":
-            return LinearVP(**fields)
-        case "DiscreteVP":
-            match fields.pop("betas", "linear"):
-                case "linear":
-                    return DiscreteVP.linear(**fields)
-                case "cosine":
-                    return DiscreteVP.from_betas(cosine_betas(fields["num_timesteps"]))
-                case "scaled_linear":
-                    return DiscreteVP.from_betas(scaled_linear_betas(**fields))
-                case other:
-                    raise ConfigError(f"schedule: betas={other} do not exist; possible: linear, cosine, scaled_linear.")
-        case other:
-            raise ConfigError(f"schedule: type={other} does not exist; possible: EDM, LinearVP, DiscreteVP.")
+    kinds, key = TYPES, fields.pop("type", None)
+    if key == "DiscreteVP":
+        kinds, key = BETAS, fields.pop("betas", "linear")
+    if key not in kinds:
+        field = "betas" if kinds is BETAS else "type"
+        raise ConfigError(f"schedule: {field}={key} does not exist; possible: {', '.join(kinds)}.")
+    try:
+        return kinds[key](**fields)
+    except TypeError as e:
+        raise ConfigError(f"schedule: {key} cannot be made of {', '.join(fields) or 'nothing'} ({e}).") from e
+
+
+def _cosine(num_timesteps: int, **times: float) -> DiscreteVP:
+    return DiscreteVP.from_betas(cosine_betas(num_timesteps), **times)
+
+
+def _scaled_linear(beta_start: float, beta_end: float, num_timesteps: int, **times: float) -> DiscreteVP:
+    return DiscreteVP.from_betas(scaled_linear_betas(beta_start, beta_end, num_timesteps), **times)
+
+
+BETAS: dict[Any, Callable[..., NoiseSchedule]] = {
+    "linear": DiscreteVP.linear,
+    "cosine": _cosine,
+    "scaled_linear": _scaled_linear,
+}
+TYPES: dict[Any, Callable[..., NoiseSchedule]] = {"EDM": EDM, "LinearVP": LinearVP, "DiscreteVP": DiscreteVP.linear}
 
 
 def cosine_betas(num_timesteps: int, s: float = 0.008, largest: float = 0.999) -> list[float]:

@@ -24,12 +24,14 @@ class Pretrained:
     `denoiser(labels)` is D(x, node) for one batch: `labels` int64 [B], or None for an unconditional model or the
     unconditional branch of guidance. `shape` is [C, H, W] of one sample, in [-1, 1] unless `decode` turns samples into
     images [B, 3, H', W'] in [-1, 1] (latent models). `files` maps each weight file to its sha256, for the records.
+    `unconditional` tells whether denoiser(None) was trained, as classifier-free guidance needs it.
     `classifier` is what classifier guidance follows; `networks` are the modules that compute, for evodiff.precision.
     """
 
     denoiser: Callable[[Tensor | None], Denoiser]
     shape: tuple[int, int, int]
     num_classes: int = 0
+    unconditional: bool = True
     decode: Callable[[Tensor], Tensor] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")

@@ -15,7 +15,8 @@ from evodiff.files import whole_file
 class Record:
     """score.json: everything needed to repeat one cell and to judge it.
 
-    `asked` are the metrics that were asked for, `files` the sha256 of extractor and reference in full.
+    `seconds` is what sampling took on `device`, `versions` are those that scored. `asked` are the metrics that were
+    asked for, `files` the sha256 of extractor and reference in full.
     """
 
     key: str

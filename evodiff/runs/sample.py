@@ -17,6 +17,7 @@ from evodiff.background import OneBehind, one_ahead
 from evodiff.config import build
 from evodiff.cpu import use_cpu
 from evodiff.denoiser import Denoiser, threshold_of
+from evodiff.device import device_name
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
 from evodiff.metrics.score import Scorer
@@ -190,6 +191,7 @@ class MadeShard:
     nfe: int
     seconds: float
     protocol: str | None
+    device: str
 
 
 def shard_of(
@@ -210,7 +212,7 @@ def shard_of(
         arrays["preview"] = images[:kept]
     protocol = scorer.protocol.hash if scorer is not None else None
     nfe = max(batch.nfe for batch in batches)
-    return MadeShard(seeds, arrays, nfe, seconds, protocol)
+    return MadeShard(seeds, arrays, nfe, seconds, protocol, device_name(job.device))
 
 
 def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, claim: ExitStack) -> None:
@@ -223,6 +225,7 @@ def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, 
             seconds=shard.seconds,
             weights=files,
             protocol=shard.protocol,
+            device=shard.device,
         )
 
 

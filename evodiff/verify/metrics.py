@@ -132,7 +132,7 @@ def _pillow(images: Tensor) -> Tensor:
     from PIL import Image
 
     channels = [Image.fromarray(c) for c in images[0].float().numpy()]
-    resized = [np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)) for c in channels]
+    resized = [np.asarray(c.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255) for c in channels]  # clean-fid
     return torch.from_numpy(np.stack(resized))[None]
 
 
