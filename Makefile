@@ -24,7 +24,9 @@ smoke: $(READY)
 table-%: $(READY)
 	$(BIN)/evodiff table $*
 
-tables: $(patsubst configs/table/%.yaml,table-%,$(wildcard configs/table/*.yaml))
+# one that fails does not keep the others from being made
+tables: $(READY)
+	@$(MAKE) --no-print-directory --keep-going $(patsubst configs/table/%.yaml,table-%,$(wildcard configs/table/*.yaml))
 
 status: $(READY)
 	$(BIN)/evodiff status

@@ -48,6 +48,36 @@ COMMANDS = {
 }
 
 
+USAGES = {
+    "table": """usage: evodiff table NAME [key=value ...]
+
+Make the runs of a table that are missing, score them, and write its pages, results/tables/NAME/report.html and others.
+NAME is a file of configs/table; `evodiff status` lists them. Called again it goes on.
+
+limit=N               only N images of each run, for a trial, with pages of their own
+repeats=N             only the first N of the table's ranges of seeds
+device=NAME           auto, cpu, cuda, cuda:1
+tracker=wandb         show the table in Weights & Biases as well
+hydra/launcher=NAME   make its runs as jobs: joblib, submitit_slurm, ray; hydra.launcher.FIELD=VALUE as in a sweep
+table.FIELD=VALUE     change the table itself, like table.nfe=[5,10]""",
+    "report": """usage: evodiff report NAME [key=value ...]
+
+Write the pages of a table from the records there are; nothing is sampled or scored.
+Keys as in `evodiff table --help`.""",
+    "show": """usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]
+
+Print the exact commands of a row's cells, and what papers they are from; without a row, the rows of the table.
+Keys as in `evodiff table --help`.""",
+    "wandb": """usage: evodiff wandb push TABLE [key=value ...]
+
+Show a table's records in Weights & Biases, also those of runs that ended long ago.
+
+tracker.mode=MODE      offline (the default: nothing is sent), online or disabled
+tracker.project=NAME   evodiff if not given; tracker.entity=TEAM, tracker.timeout=SECONDS""",
+}
+"""What --help tells of commands that have no options of their own."""
+
+
 def usage() -> str:
     lines = [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: evodiff COMMAND ...", "", *lines, "", "`evodiff COMMAND --help` tells more."])
@@ -82,6 +112,9 @@ def run(argv: list[str] | None) -> int:
             from evodiff.config import nearest
 
             raise EvodiffError(f"{name} is no command.{nearest(name, COMMANDS)} Possible: {', '.join(COMMANDS)}.")
+        if name in USAGES and not {"-h", "--help"}.isdisjoint(rest):
+            print(USAGES[name])
+            return 0
         module, function = COMMANDS[name][0].split(":")
         return getattr(importlib.import_module(module), function)(rest)
     except EvodiffError as e:

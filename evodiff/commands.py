@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from evodiff.tables.table import Table
 
 SWEEP = ("-m", "--multirun")
+HELP = ("-h", "--help")
+VERIFY_USAGE = """usage: evodiff verify solvers|networks|metrics [options]
+
+Compare this installation with recorded reference results: one line for each, exit code 1 if one differs.
+`evodiff verify solvers --help` tells the options of a comparison."""
 
 
 def run_main(argv: list[str]) -> int:
@@ -35,11 +40,11 @@ def sample_main(argv: list[str]) -> int:
 
 
 def score_main(argv: list[str]) -> int:
-    if any(arg.startswith("path=") for arg in argv) or argv in (["-h"], ["--help"]):
+    if any(arg.startswith("path=") for arg in argv) or argv in ([flag] for flag in HELP):
         from evodiff.metrics.cli import score_path_main
 
         return score_path_main(argv)
-    return over_runs("score", Action(score, record_line), argv)
+    return over_runs("score", Action(score, score_line), argv)
 
 
 def sample_and_score(job: Job) -> str:
@@ -49,7 +54,7 @@ def sample_and_score(job: Job) -> str:
     """
     if rank() > 0:
         sample_run(job)
-        if job.reference_run:
+        if job.reference_run and current_record(job) is None:
             sample_run(job, job.reference_run)
         return ""
     check_scorable(job)
@@ -68,30 +73,50 @@ def sample(job: Job) -> str:
 
 
 def score(job: Job) -> str:
-    if job.reference_run:
+    """Measure the images of a complete run. The ranks of torchrun share those of its reference, and rank 0 measures.
+
+    Raises StoreError for a run that is not complete, before anything is made of its reference.
+    """
+    if job.reference_run and current_record(job) is None:
+        next(store_of(job).batches("seeds"))  # refused unless every image is there
         finish(job, job.reference_run)
+    if rank() > 0:
+        return ""
     record = score_run(job)
     if job.protocol is None and job.scored:
         print(f"protocol=none: no {', '.join(job.scored)}, for there are no images to compare with", file=sys.stderr)
-    job.tracker.publish(record.key, [record])
-    return line(record)
+    return shown(job, record)
 
 
 def busy_line(job: Job) -> str:
     return f"{job.run.key()}: another process still works on this run"
 
 
-def record_line(job: Job) -> str | None:
+def run_line(job: Job) -> str | None:
+    return score_line(job) if has_pictures(job) else None
+
+
+def score_line(job: Job) -> str | None:
     record = current_record(job)
-    return line(record) if record else None
+    return shown(job, record) if record else None
 
 
 def sampled_line(job: Job) -> str | None:
-    return (
-        None
-        if store_of(job).missing()
-        else f"{job.run.model['name']}/{job.run.key()}  {len(job.run.seed_range)} images"
-    )
+    if store_of(job).missing() or not has_pictures(job):
+        return None
+    return f"{job.run.model['name']}/{job.run.key()}  {len(job.run.seed_range)} images"
+
+
+def has_pictures(job: Job) -> bool:
+    """Whether the file of each image is there, where save=png asks for them."""
+    folder = job.run.folder / "png"
+    return job.save != "png" or all((folder / f"{seed:06d}.png").exists() for seed in job.run.seed_range)
+
+
+def shown(job: Job, record: Record) -> str:
+    """Publish a record, also one of long ago; returns its line."""
+    job.tracker.publish(record.key, [record])
+    return line(record)
 
 
 def line(record: Record) -> str:
@@ -99,19 +124,27 @@ def line(record: Record) -> str:
     return f"{record.run['model']['name']}/{record.key}  nfe {record.nfe}  {numbers}"
 
 
-RUN = Action(sample_and_score, record_line)
+RUN = Action(sample_and_score, run_line)
 
 
 def over_runs(name: str, action: Action, argv: list[str]) -> int:
     """Apply an action to the run that the overrides describe, or with -m to each of a sweep. Returns the exit code."""
     overrides = [arg for arg in argv if not arg.startswith("-")]
+    flags = [arg for arg in argv if arg.startswith("-") and arg not in SWEEP]
+    for flag in flags:
+        if "=" in flag and (key := flag.lstrip("-").split("=")[0].split(".")[0]) in keys("run"):
+            raise ConfigError(f"{flag} is no option: {key} is a key of the configuration. Write {flag.lstrip('-')}")
     if any(arg in SWEEP for arg in argv):
+        if any(flag in HELP for flag in flags):
+            return over_runs(name, action, ["--help"])
+        if flags:
+            raise ConfigError(f"{flags[0]} does nothing with -m, which takes key=value only. Leave one of them out.")
         if processes() > 1:
             raise ConfigError(
                 "torchrun shares one run among its processes; for a sweep choose a hydra/launcher instead."
             )
         return sweep(action, overrides)
-    if any(text.startswith(("hydra/launcher", "hydra.launcher")) for text in overrides):
+    if names_launcher(overrides):
         raise ConfigError("hydra/launcher says where the jobs of a sweep run; add -m to sweep.")
 
     def act(_: DictConfig | None = None) -> None:
@@ -119,15 +152,16 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
         if text := action.do(Job.compose(overrides)):
             print(text)
 
-    for arg in argv:
-        if arg.startswith("--") and "=" in arg and (key := arg.lstrip("-").split("=")[0].split(".")[0]) in keys("run"):
-            raise ConfigError(f"{arg} is no option: {key} is a key of the configuration. Write {arg.lstrip('-')}")
-    if any(arg.startswith("-") for arg in argv):
+    if flags:
         compose("run", [text for text in overrides if "=" in text])  # misspelt keys get our message, not Hydra's
         with_flags(act, [f"evodiff {name}", *argv])
     else:
         act()
     return 0
+
+
+def names_launcher(overrides: list[str]) -> bool:
+    return any(text.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher")) for text in overrides)
 
 
 def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
@@ -147,7 +181,7 @@ def table_main(argv: list[str]) -> int:
     table = Table.of_file(name, overrides)
     if processes() > 1:
         return share_table(table)
-    if any(arg.startswith("hydra/launcher=") for arg in argv):
+    if names_launcher(overrides):
         return launch_table(table, build(compose_hydra("table", [f"table={name}", *overrides]).launcher))
     return table.make()
 
@@ -245,6 +279,9 @@ def stats_main(argv: list[str]) -> int:
 
 
 def verify_main(argv: list[str]) -> int:
+    if argv and argv[0] in HELP:
+        print(VERIFY_USAGE)
+        return 0
     known = ("solvers", "networks", "metrics")
     if not argv or argv[0] not in known:
         what = argv[0] if argv else "nothing"

@@ -34,7 +34,7 @@ def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     The chosen file of each group is kept as its `name`. Raises ConfigError, naming the nearest valid key or choice.
     """
-    return _compose(root, tuple(overrides))[0].copy()
+    return _compose(root, tuple(map(str, overrides)))[0].copy()  # reference_run=[3] gives a number
 
 
 def compose_hydra(root: str, overrides: Sequence[str] = ()) -> DictConfig:

@@ -48,8 +48,10 @@ class Processes:
         """Yield (index of the job, what `function` returned or Died), in the order in which jobs finish."""
         gpus = visible_gpus()
         at_once = self.n_jobs if self.n_jobs is not None else len(gpus) or 1
-        if at_once < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={at_once} is impossible: expected at least 1.")
+        if type(at_once) is not int or at_once < 1:
+            raise ConfigError(
+                f"hydra.launcher.n_jobs={at_once} is impossible: expected a number of processes, at least 1."
+            )
         n = min(at_once, len(jobs))
         todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
@@ -188,8 +190,14 @@ class Submitit:
                 "the Slurm jobs ask for no GPU; hydra.launcher.gpus_per_node=1 does (0: none is wanted)",
                 file=sys.stderr,
             )
-        with executor.batch():
-            submitted = [executor.submit(Requeued(function), job) for job in jobs]
+        try:
+            with executor.batch():
+                submitted = [executor.submit(Requeued(function), job) for job in jobs]
+        except submitit.core.utils.FailedJobError as e:
+            raise ConfigError(
+                f"sbatch refuses the jobs ({_first_line(e)}). Change what hydra.launcher.<field>= asks of Slurm, like "
+                f"partition or timeout_min; then run the same command again."
+            ) from e
         numbers = {id(job): i for i, job in enumerate(submitted)}
         for job in submitit.helpers.as_completed(submitted, poll_frequency=2):
             try:

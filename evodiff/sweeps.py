@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from evodiff.launchers import Died, Requeued
 from evodiff.runs.job import Job
 from evodiff.runs.run import Run
 
+HOW = ("device", "batch", "shard", "threads")
+"""Keys of a job that change nothing in what it makes."""
 MOST = 100
 """The highest exit code that counts failures; a shell has its own use for those from 126 on."""
 
@@ -94,9 +96,11 @@ def sweep(action: Action, overrides: Sequence[str]) -> int:
 def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
     """Do `action` for each list of overrides; returns the number of failures, at most MOST.
 
-    What is done starts nothing. A job that fails, aborts or is killed does not end the others.
+    What is done starts nothing, and jobs that make the same, as batch=100,200 does, are one. A job that fails, aborts
+    or is killed does not end the others.
     """
     todo, failures = [], []
+    seen: set[tuple[str, ...]] = set()
 
     def tell(overrides: list[str], outcome: Outcome) -> None:
         if outcome.failed:
@@ -106,6 +110,15 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
             print(outcome.text, flush=True)
 
     for overrides in jobs:
+        try:
+            made = _made(overrides)
+        except EvodiffError as e:
+            tell(overrides, Outcome(str(e), failed=True))
+            continue
+        if made in seen:
+            print(f"evodiff: a job before makes the same [{' '.join(overrides)}]", file=sys.stderr, flush=True)
+            continue
+        seen.add(made)
         outcome = _already(action, overrides)
         tell(overrides, outcome) if outcome is not None else todo.append(overrides)
     if todo:
@@ -119,13 +132,16 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
     return min(len(failures), MOST)
 
 
+def _made(overrides: list[str]) -> tuple[str, ...]:
+    """What a job makes: its run's folder, and all else but HOW. Raises EvodiffError if it cannot be composed."""
+    cfg = compose("run", overrides)
+    rest = (f"{key!s}={value}" for key, value in cfg.items() if key not in (*Run.__dataclass_fields__, *HOW))
+    return str(Run.from_config(cfg).folder), *rest
+
+
 def _already(action: Action, overrides: list[str]) -> Outcome | None:
-    """The outcome of a job that needs no process: it is done, or it cannot be composed. None: start it."""
-    try:
-        run = Run.from_config(compose("run", overrides))
-    except EvodiffError as e:
-        return Outcome(str(e), failed=True)
-    if not run.folder.exists():
+    """The outcome of a job that needs no process, for it is done. None: start it."""
+    if not Run.from_config(compose("run", overrides)).folder.exists():
         return None
     try:
         text = action.done(Job.compose(overrides))
@@ -144,21 +160,29 @@ def work(do: Callable[[Job], str], overrides: list[str]) -> Outcome:
     except EvodiffError as e:
         return Outcome(str(e), failed=True)
     log = job.run.folder / "log.txt"
-    with _output_to(log):
-        print(f"# {shlex.join(overrides)}", flush=True)
-        try:
-            text = do(job)
-            print(text, flush=True)
-            return Outcome(text)
-        except EvodiffError as e:
-            print(f"evodiff: {e}", flush=True)
-            return Outcome(str(e), failed=True)
-        except BaseException as e:  # sys.exit as well: it ends one run, not the sweep
-            if isinstance(e, SystemExit) and Requeued.leaving:
-                raise
-            traceback.print_exc()
-            said = " ".join(f"{type(e).__name__}: {e}".split())
-            return Outcome(f"{said} (traceback in {log})", failed=True, unexpected=True)
+    try:
+        with _output_to(log):
+            return _outcome(do, job, overrides, log)
+    except OSError as e:  # of the log itself
+        said = f"cannot write {log}: {e.strerror or e}. Make room, or set EVODIFF_RESULTS to another folder"
+        return Outcome(f"{said}; the same command runs it again", failed=True, unexpected=True)
+
+
+def _outcome(do: Callable[[Job], str], job: Job, overrides: list[str], log: Path) -> Outcome:
+    print(f"# {shlex.join(overrides)}", flush=True)
+    try:
+        text = do(job)
+        print(text, flush=True)
+        return Outcome(text)
+    except EvodiffError as e:
+        print(f"evodiff: {e}", flush=True)
+        return Outcome(str(e), failed=True)
+    except BaseException as e:  # sys.exit as well: it ends one run, not the sweep
+        if isinstance(e, SystemExit) and Requeued.leaving:
+            raise
+        traceback.print_exc()
+        said = " ".join(f"{type(e).__name__}: {e}".split())
+        return Outcome(f"{said} (traceback in {log})", failed=True, unexpected=True)
 
 
 @contextmanager
@@ -186,8 +210,9 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def _note(overrides: list[str], text: str) -> None:
-    """Add a line to a job's log that it could not write itself."""
+    """Add a line to a job's log that it could not write itself, if it can be written at all."""
     log = Run.from_config(compose("run", overrides)).folder / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as f:
-        f.write(f"evodiff: {text}\n")
+    with suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as f:
+            f.write(f"evodiff: {text}\n")

@@ -91,8 +91,8 @@ def _gain() -> Iterable[str]:
     claim(0.7 < mnist("images", "EVODiff", 16) / mnist("images", "EVODiff", 15) < 1)
     claim(max(free) - min(free) < 0.3 * (max(plain) - min(plain)), abs(at_16 - at_15) < 0.5)
     yield f"""\
-**Most of what EVODiff gains is one gain.** Its last step multiplies an answer that no longer changes by 1.07 to 1.09 at
-5 to 15 evaluations and by 1.01 to 1.03 from 16 on ([The last step](method.md#the-last-step)). There its distance goes
+**Most of EVODiff's lead is one output gain.** Its last step multiplies an answer that no longer changes by 1.07 to 1.09 at
+5 to 15 evaluations and by 1.01 to 1.03 from 16 on ([The last step](method.md#the-last-step)). Between the two its distance goes
 from {show(before)} to {show(after)} while the error of its states halves, {states[0]} to {states[1]}. (That of its
 images, in which what the gain pushed beyond the range is clipped, goes from {images[0]} to {images[1]}.) Why this helps
 here: {percent(ends)} of the pixels of real digits are black or
@@ -258,7 +258,7 @@ With the gain that suits each best, tuned on other seeds (`python scripts/contra
 order at 10 evaluations is another: {first}. `evodiff`, first without, is number {place} of {len(ranked)}: it brings its
 gain along. (Distances of {cells["evodiff"].images:,} images; EVODiff's has a standard deviation of
 {math.sqrt(2) * scatters[0]:.1g}. {beyond} of the {len(cells)} rows take a gain of {max(GAINS):g} or more.) Two rows
-know more than the others: `dpm_v3` has statistics of this network, taken with `evodiff ems`, and `teleport` the mean
+know more than the others: `dpm_v3` has statistics of this network, taken with `evodiff stats ems`, and `teleport` the mean
 and covariance of the digits. At 20 evaluations there are 10,000 images of {len(column)} solvers so far, those that lead
 on 1,000 among them: {leading}; with the gain (of {len(gained)} of them) {best}.
 """
@@ -332,8 +332,8 @@ def _for_readers() -> Iterable[str]:
   to 12 evaluations, all before the jump. With `denoise_final=true`, as its authors ran it, one more answer of the
   network follows; at a noise of 0.002 EDM's preconditioning lets it change the image by 0.002 times the network's
   output.
-- Nor does an exact model say so: on the oracle, what was asked for is not what the score compares with, and the sampler
-  that comes closest to the reference is one that does not give what was asked.
+- The lowest distance on an exact model does not say so either: on the oracle, what was asked for is not what the score
+  compares with, and the sampler that comes closest to the reference is one that does not give what was asked.
 - Digits are a favourable case for a gain, for most of their pixels lie at the limits of the range, and those of
   photographs do not. Nothing here says how much the gain does on CIFAR-10 or ImageNet. With the weights at hand,
   `evodiff run model=cifar10_edm solver=evodiff solver.final=euler ...` beside the released rule does.

@@ -152,6 +152,11 @@ def test_a_typo_names_the_nearest(override, message):
     assert message in str(error.value)
 
 
+def test_an_override_that_is_no_text_is_none():
+    with pytest.raises(ConfigError, match="'3' is no override. Expected key=value"):
+        Job.compose(["reference_run=[3]", "metrics=[rmse]", "protocol=none"])
+
+
 def test_a_value_a_solver_refuses_keeps_the_solvers_words():
     with pytest.raises(ConfigError, match="order=7 does not exist; possible: 1, 2, 3"):
         build(compose("run", ["solver=dpmpp_2m", "solver.order=7"]).solver)

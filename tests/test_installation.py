@@ -46,6 +46,22 @@ def imports(path):
             yield node.module.split(".")[0]
 
 
+def test_a_table_that_fails_does_not_keep_the_others_from_being_made(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    for table in ("a", "b", "c"):
+        (tmp_path / "configs/table").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"configs/table/{table}.yaml").touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/.ready").touch()
+    command = tmp_path / ".venv/bin/evodiff"
+    command.write_text('#!/bin/sh\necho "$*" >> made\ntest "$2" != a\n')
+    command.chmod(0o755)
+    done = subprocess.run(["make", "tables"], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "made").read_text().split("\n") == ["table a", "table b", "table c", ""]
+    assert done.returncode != 0
+
+
 COMMANDS = """
 from evodiff.cli import main
 for command in ["run model=mixture", "table smoke", "status", "show table=demo", "score path=x protocol=mnist",

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -15,11 +16,13 @@ from types import SimpleNamespace
 import pytest
 from sweep_jobs import meet, obey, pid_or_nothing
 
-from evodiff import launchers
+from evodiff import commands, launchers
+from evodiff.commands import RUN, sample, sampled_line, score, score_line
 from evodiff.config import compose_hydra
 from evodiff.errors import ConfigError
 from evodiff.launchers import Died, Processes, Ray, Requeued, Submitit
 from evodiff.paths import ROOT
+from evodiff.runs.job import Job
 from evodiff.sweeps import MOST, Action, combinations, first_of_each, launch, work
 
 MIXTURE = ["model=mixture", "protocol=none", "reference_run=null", "seeds=0-7", "shard=4", "batch=4"]
@@ -165,7 +168,7 @@ def test_a_worker_whose_process_has_not_started_can_be_killed(monkeypatch):
 
 
 def test_impossible_numbers_and_missing_libraries_are_said(monkeypatch):
-    for n_jobs in (-1, 0):
+    for n_jobs in (-1, 0, 1.5, "two", True):
         with pytest.raises(ConfigError, match=f"n_jobs={n_jobs} is impossible"):
             list(Processes(n_jobs).launch(obey, ["fine"]))
     assert list(Processes().launch(obey, [])) == []
@@ -182,6 +185,19 @@ def test_without_slurm_another_launcher_is_named(cluster, tmp_path, monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))  # without srun
     with pytest.raises(ConfigError, match=f"cluster={cluster} is not available here .*hydra/launcher=joblib"):
         list(Submitit(cluster=cluster).launch(obey, ["fine"]))
+
+
+@pytest.mark.parametrize("jobs", [["one"], ["one", "two"]])
+def test_what_slurm_refuses_is_said(jobs, tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    said = "sbatch: error: invalid partition specified: gpuu"
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"sbatch refuses the jobs \({said}\). Change what hydra.launcher"):
+        list(Submitit(partition="gpuu", gpus_per_node=1).launch(obey, jobs))
 
 
 def test_hydra_knows_the_launchers_by_their_usual_names():
@@ -308,6 +324,87 @@ def test_the_same_sweep_again_runs_only_what_is_missing(evodiff_command, results
     assert sorted(second.splitlines()) == sorted(first.splitlines())
     assert (folder / "log.txt").read_text().count("# model=mixture") == 2
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@dataclass
+class Notes:
+    """A launcher that notes its jobs, and a tracker that notes what it is shown."""
+
+    jobs: list = field(default_factory=list)
+    published: list = field(default_factory=list)
+
+    def launch(self, function, jobs):
+        self.jobs.extend(jobs)
+        return ((i, function(job)) for i, job in enumerate(jobs))
+
+    def publish(self, name, records):
+        self.published.append((name, [record.key for record in records]))
+        return True
+
+
+@pytest.mark.parametrize(("action", "name"), [(RUN, "run"), (Action(sample, sampled_line), "sample")])
+def test_pngs_asked_for_later_are_made_by_a_job_and_not_again(evodiff_command, results, action, name):
+    ddim = [*MIXTURE, "solver=ddim", "nfe=5"]
+    assert evodiff_command(name, *ddim)[0] == 0
+    made, again, lacking = Notes(), Notes(), Notes()
+    assert launch(action, [[*ddim, "save=png"]], made) == launch(action, [[*ddim, "save=png"]], again) == 0
+    assert (len(made.jobs), again.jobs) == (1, [])
+    pngs = sorted(results.rglob("png/*.png"))
+    assert len(pngs) == 8
+    pngs[3].unlink()
+    assert launch(action, [[*ddim, "save=png"]], lacking) == 0
+    assert pngs[3].exists()
+
+
+@pytest.mark.parametrize("action", [RUN, Action(score, score_line)])
+def test_what_is_done_is_shown_by_the_tracker_asked_for_now(evodiff_command, results, monkeypatch, action):
+    ddim = [*MIXTURE, "solver=ddim", "nfe=5"]
+    assert evodiff_command("run", *ddim)[0] == 0
+    key, notes = Job.compose(ddim).run.key(), Notes()
+    compose_job = Job.compose
+    monkeypatch.setattr(Job, "compose", lambda overrides: replace(compose_job(overrides), tracker=notes))
+    assert launch(action, [ddim], notes) == 0
+    assert (notes.jobs, notes.published) == ([], [(key, [key])])
+
+
+def test_jobs_that_make_the_same_are_one(results, capsys):
+    """Two at once would be in each other's way, and the second a failure."""
+    swept = ["solver=ddim,euler_maruyama", "nfe=5", "batch=2,4", "metrics=[contrast],[saturated]"]
+    notes = Notes()
+    assert launch(Action(behave, whether_done), combinations([*MIXTURE[:5], *swept]), notes) == 0
+    assert [(job[5], *job[7:]) for job in notes.jobs] == [
+        (f"solver={solver}", "batch=2", f"metrics=[{metric}]")
+        for solver in ("ddim", "euler_maruyama")
+        for metric in ("contrast", "saturated")
+    ]
+    assert capsys.readouterr().err.count("evodiff: a job before makes the same [model=mixture ") == 4
+
+
+@pytest.mark.parametrize("launcher", [Processes(1), Notes()])
+def test_a_folder_that_cannot_be_made_is_a_failure_of_its_job(results, capsys, launcher):
+    (results / "runs").mkdir()
+    (results / "runs/mixture").write_text("a file")
+    jobs = [[*MIXTURE, "solver=ddim", f"nfe={nfe}"] for nfe in (5, 6)]
+    assert launch(Action(behave, whether_done), jobs, launcher) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("log.txt: Not a directory. Make room, or set EVODIFF_RESULTS to another folder") == 2
+
+
+def test_a_death_that_cannot_be_noted_does_not_end_the_others(results, capsys):
+    (results / "runs").mkdir()
+    (results / "runs/mixture").write_text("a file")
+    dying = SimpleNamespace(launch=lambda _, jobs: ((i, Died("killed")) for i in range(len(jobs))))
+    assert launch(Action(behave, whether_done), [[*MIXTURE, f"nfe={nfe}"] for nfe in (5, 6)], dying) == 2
+    assert "2 runs of the sweep failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "++hydra.launcher.n_jobs=2"])
+def test_a_table_is_launched_as_a_sweep_is(results, monkeypatch, chosen):
+    launched = []
+    monkeypatch.setattr(commands, "launch_table", lambda table, launcher: launched.append(launcher) or 0)
+    assert commands.table_main(["smoke", chosen]) == 0
+    (launcher,) = launched
+    assert launcher.n_jobs == (None if "joblib" in chosen else 2)
 
 
 def console_blocks():

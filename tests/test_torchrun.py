@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -177,9 +178,31 @@ def test_other_ranks_sample_the_reference_too_and_are_silent(results, monkeypatc
     assert capsys.readouterr() == ("", "")
 
 
+def test_one_rank_scores(evodiff_command, results, monkeypatch):
+    assert evodiff_command("sample", *MIXTURE)[0] == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = Job.compose(MIXTURE)
+    assert evodiff_command("score", *MIXTURE) == (0, "", "")
+    assert store_of(job, job.reference_run).missing() == [], "the reference is everybody's"
+    assert not list(results.rglob("score.json"))
+    monkeypatch.setenv("RANK", "0")
+    assert "rmse@32" in evodiff_command("score", *MIXTURE)[1]
+
+
+def test_other_ranks_leave_the_reference_of_a_scored_run(evodiff_command, results, monkeypatch):
+    assert evodiff_command("run", *MIXTURE)[0] == 0
+    job = Job.compose(MIXTURE)
+    shutil.rmtree(job.reference_run.folder)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evodiff_command("run", *MIXTURE) == (0, "", "")
+    assert not job.reference_run.folder.exists()
+
+
 def test_ranks_share_a_table_with_what_its_cells_read(tmp_path_factory, tmp_path):
     """A searched grid is made by one rank, the other waits; a failing cell ends neither the others nor the pages."""
-    elsewhere, grid = tmp_path_factory.mktemp("ranks"), tmp_path / "grid.json"
+    elsewhere, grid = tmp_path_factory.mktemp("ranks"), tmp_path / "gits_mixture.json"
     base = "'model=mixture','protocol=none','seeds=0-15','shard=4','batch=4','metrics=[contrast]','device=cpu'"
     rows = ["~table.rows.DDIM", "~table.rows.EVODiff", "+table.rows.Heun=['solver=heun']"]
     rows += [f"+table.rows.Searched=['solver=ddim','grid=file','grid.path={grid}']"]

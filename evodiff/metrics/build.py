@@ -20,8 +20,8 @@ NOISE_FLOOR_SEED = 0
 def build_reference(batches: Iterable[Tensor], extract: Extractor, protocol: Protocol, **provenance: Any) -> Reference:
     """Reference statistics and features of uint8 images [B, C, H, W]; `provenance` is stored with them.
 
-    Stores the noise floor too: the distance between two random halves of the real images, below which no score on that
-    many images has a meaning.
+    Stores the noise floor too: the distance between two random halves of the real images, what chance alone does at
+    that number.
     """
     parts: list[Tensor] = []
     size: list[int] | None = None

@@ -117,7 +117,9 @@ def _is_moments(path: Path) -> bool:
 
 def stats_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="evodiff stats", description="Statistics of real images, to which scores refer"
+        prog="evodiff stats",
+        description="Statistics of real images, to which scores refer",
+        epilog="`evodiff stats ems` makes those of a model, for DPM-Solver-v3; `evodiff stats ems --help`.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="make them of real images")

@@ -36,8 +36,9 @@ def latent(
     """A folder or a hub name that diffusers reads: its U-Net, decoder, betas and, with `prompts`, its text encoder.
 
     `scaling` is what latents were multiplied with in training; None: the `scaling_factor` that diffusers gives the
-    decoder, 0.18215 where its configuration has none. Relative paths may start at the project's root. Under EVODIFF_OFFLINE a hub name means what the hub's cache on this
-    machine holds of it. Raises ConfigError if diffusers is not installed or the pipeline cannot be read.
+    decoder, 0.18215 where its configuration has none. Relative paths may start at the project's root. Under
+    EVODIFF_OFFLINE a hub name means what the hub's cache on this machine holds of it. Raises ConfigError if diffusers
+    is not installed or the pipeline cannot be read.
     """
     if offline():
         # before the import: huggingface_hub fetches a list of programs that use it, also when all files are local

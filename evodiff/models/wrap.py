@@ -192,7 +192,10 @@ def _check(wrapped: Pretrained, predicts: str, null_label: int | None) -> None:
     told = denoise.process.label(denoise.process.native.node(denoise.process.native.t_start))
     if not isinstance(told, Real):
         raise ConfigError(f"wrap: label gives {told!r} for the first time; expected a number")
-    advice = f"Check predicts={predicts}, schedule, label and data_range; check=false leaves this test out."
+    advice = (
+        f"Check predicts={predicts}, schedule, label and data_range; check=False (+model.check=false on a command line) "
+        "leaves this test out."
+    )
     for node in (first, middle, last):
         D = denoise(node.alpha * clean + node.sigma * noise, node)
         size = D.square().mean().sqrt().item()

@@ -1,0 +1,7 @@
+"""`python -m evodiff` is the command `evodiff`."""
+
+import sys
+
+from evodiff.cli import main
+
+sys.exit(main())
