@@ -24,8 +24,11 @@ from evodiff.precision import computing
 from evodiff.runs.run import DTYPES
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
+from evodiff.solvers.fields import shown
 
 UNGUIDED = Unguided()
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+"""What a configuration file can hold."""
 
 
 class Guidance(Protocol):
@@ -64,7 +67,7 @@ def sample(
     the CPU. `solver`, `grid` and `guidance`: the name of a file of configs/, or an object, like EVODiff(final="euler");
     `grid` also the times themselves, falling, on the model's schedule: n + 1 for n steps.
     `labels`: the class of each seed; by default it is drawn from the seed. The other arguments are keys of
-    configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, and `nfe`.
+    configs/run.yaml. The result has `x` [N, C, H, W] in `dtype`, `images` in uint8, `nfe`, and the `labels`.
     Networks compute as with precision=fp32, unless the model is one that `evodiff.precision.prepared` has returned.
 
     Raises ConfigError for what does not exist, like float64 on MPS, BudgetError for an `nfe` that the solver cannot
@@ -73,17 +76,20 @@ def sample(
     model = _pretrained(model, shape, device)
     solver = named_solver(solver) if isinstance(solver, str) else solver
     if not isinstance(solver, Solver):
-        raise ConfigError(f"solver={solver!r} is impossible: give the name of a solver, or an object like EVODiff().")
+        raise ConfigError(
+            f"solver={shown(solver)} is impossible: give the name of a solver, or an object like EVODiff()."
+        )
     spacing = _spacing(grid)
     guided: Guidance = build(_config("guidance", guidance)) if isinstance(guidance, str) else guidance
     if isinstance(guided, type) or not callable(guided):
         raise ConfigError(
-            f"guidance={guided!r} is impossible: give the name of a guidance, or an object like ClassifierFree(2.0)."
+            f"guidance={shown(guided)} is impossible: give the name of a guidance, or an object like "
+            f"ClassifierFree(2.0)."
         )
     thresholded = threshold_of(threshold, latent=model.decode is not None)
     seeds = _seeds(seeds)
-    if not (nfe is None or isinstance(nfe, Integral)) or not isinstance(batch, Integral) or batch < 1:
-        raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, batch at least 1.")
+    if not all(isinstance(n, Integral) and n >= 1 for n in (batch, 1 if nfe is None else nfe)):
+        raise ConfigError(f"nfe={nfe!r} and batch={batch!r} must be whole numbers, at least 1.")
     if not isinstance(denoise_final, bool):
         raise ConfigError(f"denoise_final={denoise_final!r} is impossible: give True or False.")
     for name, t in (("t_start", t_start), ("t_end", t_end)):
@@ -100,7 +106,7 @@ def sample(
     nodes = grid_for(nfe, solver, spacing, schedule, denoise_final=denoise_final, t_start=t_start, t_end=t_end)
     solver.check(nodes, model.shape)
 
-    parts = []
+    parts, drawn = [], []
     with computing("fp32", model.device):
         for first in range(0, len(seeds), batch):
             own = tuple(seeds[first : first + batch])
@@ -108,6 +114,7 @@ def sample(
             y = None
             if model.num_classes:
                 y = noise.labels(model.num_classes) if labels is None else torch.tensor(labels[first : first + batch])
+                drawn.append(y)
                 y = y.to(model.device)
             denoiser = thresholded(guided(model, y))
             parts.append(
@@ -125,7 +132,7 @@ def sample(
                 )
             )
     x, images = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "images"))
-    return Generated(tuple(seeds), x, images, max(part.nfe for part in parts))
+    return Generated(tuple(seeds), x, images, max(part.nfe for part in parts), torch.cat(drawn) if drawn else None)
 
 
 def named_solver(name: str, **fields: Any) -> Solver:
@@ -135,13 +142,18 @@ def named_solver(name: str, **fields: Any) -> Solver:
     >>> named_solver("dpmpp_2m", lower_order_final=False)
     DPMSolverPP(order=2, lower_order_final=False)
 
+    Fields that are objects, like `statistics` or `base`, are given as such.
     Raises ConfigError, naming what is possible.
     """
     config = _config("solver", name)
     if unknown := sorted(fields.keys() - config.keys()):
         possible = ", ".join(key for key in config if key not in ("name", "_target_")) or "none"
         raise ConfigError(f"solver={name} has no field {', '.join(unknown)}. Possible: {possible}.")
-    return build({**config, **fields})
+    objects = {key: value for key, value in fields.items() if not isinstance(value, PLAIN)}
+    if not objects:
+        return build({**config, **fields})
+    rest = {key: value for key, value in {**config, **fields}.items() if key not in objects}
+    return build({**rest, "_partial_": True})(**objects)  # Hydra would make dictionaries of them
 
 
 def named_grid(name: str) -> Spacing:
@@ -165,32 +177,34 @@ def _spacing(grid: Any) -> Spacing:
         times = ()
     if not times:
         raise ConfigError(
-            f"grid={grid!r} is impossible: give the name of a grid, an object with times(n, schedule, t_start, t_end) "
-            f"like Karras(), or the falling times of the model's schedule themselves, n + 1 for n steps."
+            f"grid={shown(grid)} is impossible: give the name of a grid, an object with times(n, schedule, t_start, "
+            f"t_end) like Karras(), or the falling times of the model's schedule themselves, n + 1 for n steps."
         )
     return Listed(times)
 
 
 def _seeds(seeds: Any) -> Sequence[int]:
     given = seeds.tolist() if isinstance(seeds, np.ndarray | Tensor) else seeds
-    possible = range(LARGEST_SEED + 1)
     whole = isinstance(given, Sequence) and all(isinstance(s, Integral) and not isinstance(s, bool) for s in given)
-    if not whole or not given or not all(s in possible for s in given):
+    if not whole or not given or not all(0 <= s <= LARGEST_SEED for s in given):
         raise ConfigError(
-            f"seeds={given!r} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
+            f"seeds={shown(given)} is impossible: give at least one number from 0 on, up to {LARGEST_SEED}, like "
             f"seeds=range(16)."
         )
-    return given
+    return [int(s) for s in given]  # also those of numpy
 
 
 def _labels(labels: Any, n: int, num_classes: int) -> list[int]:
     given = labels.tolist() if isinstance(labels, np.ndarray | Tensor) else labels
     whole = isinstance(given, Sequence) and all(isinstance(y, Integral) for y in given)
-    if isinstance(given, Sequence) and (not num_classes or len(given) != n):
+    if not num_classes:
+        raise ConfigError("this model has no classes: leave labels out.")
+    if isinstance(given, Sequence) and len(given) != n:
         raise ConfigError(f"{len(given)} labels for {n} seeds of a model with {num_classes} classes.")
     if not whole or not all(0 <= y < num_classes for y in given):
         raise ConfigError(
-            f"labels={labels!r} are impossible: classes are 0 to {num_classes - 1}, one whole number for each seed."
+            f"labels={shown(labels)} are impossible: classes are 0 to {num_classes - 1}, one whole number for each "
+            f"seed."
         )
     return [int(y) for y in given]
 

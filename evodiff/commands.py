@@ -132,8 +132,11 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
     overrides = [arg for arg in argv if not arg.startswith("-")]
     flags = [arg for arg in argv if arg.startswith("-") and arg not in SWEEP]
     for flag in flags:
-        if "=" in flag and (key := flag.lstrip("-").split("=")[0].split(".")[0]) in keys("run"):
-            raise ConfigError(f"{flag} is no option: {key} is a key of the configuration. Write {flag.lstrip('-')}")
+        word, _, value = flag.lstrip("-").partition("=")
+        if (key := word.split(".")[0]) in keys("run"):
+            raise ConfigError(
+                f"{flag} is no option: {key} is a key of the configuration. Write {word}={value or '...'}"
+            )
     if any(arg in SWEEP for arg in argv):
         if any(flag in HELP for flag in flags):
             return over_runs(name, action, ["--help"])

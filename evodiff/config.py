@@ -17,11 +17,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evodiff.errors import ConfigError, EvodiffError
-from evodiff.launchers import register_launchers
+from evodiff.launchers import LAUNCHERS, register_launchers
 from evodiff.paths import CONFIGS, check_checkout
 from evodiff.plugins import publish_solvers, registered
 
@@ -174,8 +174,8 @@ def _check(root: str, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{text} takes away what a run needs. Leave it out, or set {key}=...")
         if (override.is_add() or override.is_force_add()) and "/" not in head and head not in known | {"hydra"}:
             raise ConfigError(f"{head} is no key of the configuration.{nearest(head, known)}")
-        if (CONFIGS / key).is_dir() and not override.is_sweep_override():
-            value, possible = text.partition("=")[2], choices(key)
+        if ((CONFIGS / key).is_dir() or key == "hydra/launcher") and not override.is_sweep_override():
+            value, possible = text.partition("=")[2], choices(key) if key != "hydra/launcher" else list(LAUNCHERS)
             if override.value() not in possible:
                 raise ConfigError(
                     f"{key}={value} does not exist.{nearest(value, possible)} Possible: {', '.join(possible)}."
@@ -194,6 +194,11 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
                 f"quotes, like reference_run=['solver=unipc_3','nfe=200']."
             )
         key = override.key_or_group
+        if override.is_sweep_override() and "Ambiguous value" in str(error):
+            default: Any = OmegaConf.load(CONFIGS / f"{root}.yaml")
+            is_list = isinstance(default.get(key), ListConfig)
+            as_list = f", or for a list write '{key}=[{text.partition('=')[2]}]'" if is_list else ""
+            return f"{text} are several values: add -m to sweep over them{as_list}."
         if override.is_add() or (CONFIGS / key).is_dir() or key.split(".")[0] == "hydra":
             continue
         head = key.split(".")[0]
@@ -201,8 +206,16 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             fields = _fields(root, overrides, head) if "." in key else known
             if key not in fields:
                 possible = ", ".join(sorted(fields)) or f"{head} has no fields"
-                return f"{key} is no key of the configuration.{nearest(key, fields)} Possible: {possible}."
+                hint = nearest(key, fields) or _choice_with(key)
+                return f"{key} is no key of the configuration.{hint} Possible: {possible}."
     return " ".join(str(error).split())
+
+
+def _choice_with(key: str) -> str:
+    """Which choices of the group have such a field."""
+    group, _, field = key.partition(".")
+    having = [path.stem for path in sorted((CONFIGS / group).glob("*.yaml")) if field in OmegaConf.load(path)]
+    return f" It is one of {group}={' or '.join(having[:3])}: set that, too." if having else ""
 
 
 @cache

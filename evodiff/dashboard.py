@@ -7,22 +7,28 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from evodiff.paths import results_folder
 
+NOTE = "evodiff.json"
+"""In the folder of a run: where it is to be shown, and its tags. wandb keeps them in its own binary file."""
+
 
 def push(content: dict[str, Any]) -> None:
     """Write every run, and the table's own; in the online mode its report as well."""
     for run in content["runs"]:
-        with _wandb_run(content, **{key: run[key] for key in ("id", "name", "group", "job_type", "config")}) as shown:
+        given = {key: run[key] for key in ("id", "name", "group", "tags", "job_type", "config")}
+        with _wandb_run(content, **given) as shown:
             if run["grid"]:
                 import wandb
 
                 shown.log({"grid": wandb.Image(run["grid"])}, step=0)  # a step given twice counts once
             shown.summary.update(run["summary"])
-        _forget_older(shown)
     if content["table"]:
         _push_table(content, content["table"])
         if content["mode"] == "online":
@@ -41,7 +47,6 @@ def _push_table(content: dict[str, Any], table: dict[str, Any]) -> None:
                 xs=xs, ys=ys, keys=list(curves), title=f"{name}: {metric} against NFE", xname="NFE"
             )
         shown.log(panels)
-    _forget_older(shown)
 
 
 def chart_key(metric: str) -> str:
@@ -49,22 +54,35 @@ def chart_key(metric: str) -> str:
     return re.sub(r"\W", "_", f"{metric}_against_nfe")
 
 
-def _wandb_run(content: dict[str, Any], **given: Any) -> Any:
+@contextmanager
+def _wandb_run(content: dict[str, Any], tags: Sequence[str] = (), **given: Any) -> Iterator[Any]:
+    """A run that keeps the tags it has. Of several offline copies of one run in one project the last is kept: it has
+    everything, and `wandb sync` would count each."""
     import wandb
 
     (folder := results_folder()).mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True)
-    where = {key: content[key] for key in ("project", "entity", "mode")}
-    return wandb.init(dir=folder, resume="allow", settings=settings, reinit="finish_previous", **where, **given)
+    where = {key: content[key] for key in ("project", "entity")}
+    how = {"mode": content["mode"], "resume": "allow", "reinit": "finish_previous", "settings": settings}
+    with wandb.init(dir=folder, **where, **how, **given) as shown:
+        older = _older_copies(shown, where) if shown.settings.mode == "offline" else {}
+        shown.tags = all_tags = sorted({*(shown.tags or ()), *chain(*older.values()), *tags})
+        (Path(shown.dir).parent / NOTE).write_text(json.dumps({"where": where, "tags": all_tags}))
+        yield shown
+    for copy in older:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
-def _forget_older(shown: Any) -> None:
-    """Of several offline copies of one run keep the last: it has everything, and `wandb sync` would count each."""
-    if shown.settings.mode == "offline":
-        kept = Path(shown.dir).parent
-        for folder in kept.parent.glob(f"offline-run-*-{shown.id}"):
-            if folder != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+def _older_copies(shown: Any, where: dict[str, Any]) -> dict[Path, list[str]]:
+    """The other offline copies of a run that are for the same place, with their tags; one without our note may be for
+    any."""
+    found = {}
+    for note in Path(shown.dir).parent.parent.glob(f"offline-run-*-{shown.id}/{NOTE}"):
+        with suppress(OSError, ValueError):  # the process that wrote it may have died
+            told = json.loads(note.read_text())
+            if told["where"] == where:
+                found[note.parent] = told["tags"]
+    return found
 
 
 def report(content: dict[str, Any], table: dict[str, Any]) -> Any:
@@ -74,7 +92,8 @@ def report(content: dict[str, Any], table: dict[str, Any]) -> Any:
     except ImportError:
         return None
     where = {"project": content["project"], "entity": content["entity"]}
-    runs = wr.Runset(**where, name="cells", filters=f"Group == '{table['name']}' and JobType != 'table'")
+    # by the tag, for the group of a run that is in several tables is one of them
+    runs = wr.Runset(**where, name="cells", filters=f"Tags() in ['{table['name']}'] and JobType != 'table'")
     summary = wr.Runset(**where, name="table", filters=f"Group == '{table['name']}' and JobType == 'table'")
     scatter = [wr.ScatterPlot(title=metric, x="s:nfe", y=f"s:{metric}", log_y=True) for metric in table["curves"]]
     fields = {"step": "step", "lineKey": "lineKey", "lineVal": "lineVal"}

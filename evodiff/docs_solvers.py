@@ -158,8 +158,8 @@ def facts(name: str) -> Facts:
         source = f"`{EXACT[name][0]}`"
     else:
         raise ConfigError(
-            f"solver={name} is proved against nothing yet: write a test that holds it to something exact, and name it in "
-            "EXACT of evodiff/docs_solvers.py; or record runs of released code for `evodiff verify solvers`."
+            f"solver={name} is proved against nothing yet: write a test that holds it to something exact, and name it "
+            "in EXACT of evodiff/docs_solvers.py; or record runs of released code for `evodiff verify solvers`."
         )
     return Facts(
         name,

@@ -51,15 +51,15 @@ def _load(folder: str, path: Path, lambdas: tuple[float, ...] | None, written: t
     try:
         with np.load(path / "l.npz") as l_file, np.load(path / "sb.npz") as sb_file:
             arrays = [torch.from_numpy(a).double() for a in (l_file["l"], sb_file["s"], sb_file["b"])]
-            own = dict(l_file).get("lambdas")
-    except (OSError, ValueError, KeyError) as e:
+            own = torch.from_numpy(l_file["lambdas"]).double().flatten() if "lambdas" in l_file else None
+    except Exception as e:  # what a damaged or foreign file makes numpy, zipfile and zlib raise has no end
         raise ConfigError(
             f"statistics.folder={folder}: {e}. Expected l.npz with l, and sb.npz with s and b; "
             f"`evodiff stats ems model=... out={folder}` computes them."
         ) from e
     if own is not None:
-        nodes = torch.from_numpy(own).double()
-        if lambdas is not None and not np.allclose([own[0], own[-1]], lambdas, rtol=0, atol=1e-3):
+        nodes = own
+        if lambdas is not None and len(own) and not np.allclose(own[[0, -1]], lambdas, rtol=0, atol=1e-3):
             raise ConfigError(
                 f"statistics.lambdas={list(lambdas)}, but {path / 'l.npz'} says {own[0]:.4g} to {own[-1]:.4g}; "
                 f"leave statistics.lambdas at null"
@@ -71,7 +71,10 @@ def _load(folder: str, path: Path, lambdas: tuple[float, ...] | None, written: t
         )
     else:
         nodes = torch.linspace(float(lambdas[0]), float(lambdas[1]), len(arrays[0]), dtype=torch.float64)
-    return Statistics(nodes, *arrays)
+    try:
+        return Statistics(nodes, *arrays)
+    except ConfigError as e:
+        raise ConfigError(f"statistics.folder={folder}: {e}") from e
 
 
 def save(folder: Path, statistics: Statistics) -> None:

@@ -34,8 +34,10 @@ def load(path: str) -> Gaussian:
     try:
         with np.load(resolve(path)) as content:
             mean, cov = (torch.from_numpy(content[key]).double() for key in ("mean", "cov"))
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # what a damaged or foreign file makes numpy, zipfile and zlib raise has no end
         raise ConfigError(f"gaussian.path={path}: {e}. Expected an .npz with mean [C, H, W] and cov.") from e
     if mean.ndim != 3 or cov.shape != (mean.numel(), mean.numel()):
         raise ConfigError(f"gaussian.path={path}: mean {tuple(mean.shape)} and cov {tuple(cov.shape)} do not fit")
+    if not bool(mean.isfinite().all() and cov.isfinite().all()):
+        raise ConfigError(f"gaussian.path={path}: mean or cov holds NaN or infinite numbers; compute them again")
     return from_covariance(mean, cov)

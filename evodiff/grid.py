@@ -89,20 +89,25 @@ class Exact:
     """`spacing`, held to n + 1 times for n steps: a run is named by the budget it asked for. Raises BudgetError."""
 
     spacing: Spacing
+    adaptive: bool = False
+    """The one step asked for is that of an adaptive solver."""
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         times = self.spacing.times(n, schedule, t_start, t_end)
         if len(times) != n + 1:
+            remedy = f"Let its times(n, ...) give n + 1 of them, or set nfe to what {len(times) - 1} steps cost."
+            if self.adaptive:
+                remedy = "Give the first and the last only: the solver chooses its own steps between them."
             raise BudgetError(
-                f"the grid {type(self.spacing).__name__} gives {len(times)} times, but {n} steps need {n + 1}. "
-                f"Let its times(n, ...) give n + 1 of them, or set nfe to what {len(times) - 1} steps cost."
+                f"the grid {type(self.spacing).__name__} gives {len(times)} times, but {n} steps need {n + 1}. {remedy}"
             )
         return times
 
 
-def check_above_0(value: float, name: str) -> None:
-    if not isinstance(value, int | float) or not math.inf > value > 0:
-        raise ConfigError(f"grid: {name}={value} is impossible; possible: finite numbers above 0")
+def check_within(value: float, name: str, least: float, most: float) -> None:
+    """Beyond these a power of a noise level, or a sum with it, is no longer a number that can be told from others."""
+    if not isinstance(value, int | float) or not least <= value <= most:
+        raise ConfigError(f"grid: {name}={value} is impossible; possible: numbers from {least:g} to {most:g}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class Karras:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        check_above_0(self.rho, "rho")
+        check_within(self.rho, "rho", 0.1, 1e6)
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         a, b = (schedule.node(t).kappa ** (1 / self.rho) for t in (t_start, t_end))
@@ -137,7 +142,7 @@ class TimeUniform:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        check_above_0(self.power, "power")
+        check_within(self.power, "power", 0.1, 1e6)
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         a, b = t_start ** (1 / self.power), t_end ** (1 / self.power)
@@ -147,13 +152,15 @@ class TimeUniform:
 
 @dataclass(frozen=True)
 class NSR:
-    """Uniform in log(kappa + k kappa_end) (SciRE-Solver, arXiv 2308.07896, appendix; k from 2 to 7 is advised)."""
+    """Uniform in log(kappa + k kappa_end) (SciRE-Solver, arXiv 2308.07896, appendix; k from 2 to 7 is advised).
+
+    k = 0 is uniform in half-log-SNR.
+    """
 
     k: float = 3.1
 
     def __post_init__(self) -> None:
-        if not self.k >= 0:
-            raise ConfigError(f"grid: k={self.k} is impossible; possible: 0 (uniform in half-log-SNR) and above")
+        check_within(self.k, "k", 0, 1e6)
 
     def times(self, n: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         shift = self.k * schedule.node(t_end).kappa
@@ -243,7 +250,10 @@ class FromFile:
             raise ConfigError(f"grid file {self.path} holds {len(times) - 1} steps, but {n} are asked for")
         for a, b in zip(times, [*times[1:], 0], strict=True):
             if not a > b:
-                raise ConfigError(f"grid file {self.path}: times must fall strictly and end above 0; {a} is before {b}")
+                remedy = ". For a last step to 0 set denoise_final=true and leave the 0 out" if a == 0 else ""
+                raise ConfigError(
+                    f"grid file {self.path}: times must fall strictly and end above 0; {a} is before {b}{remedy}"
+                )
         if times[0] > schedule.t_start * (1 + 1e-9):
             raise ConfigError(
                 f"grid file {self.path} starts at {times[0]:.6g}, above the schedule's {schedule.t_start:.6g}"
@@ -287,7 +297,7 @@ def grid_for(
     """
     t_start, t_end = ends(schedule, t_start, t_end)
     steps = steps_for(nfe, solver, denoise_final)
-    return TimeGrid.at(solver.times(Exact(spacing), steps, schedule, t_start, t_end), schedule)
+    return TimeGrid.at(solver.times(Exact(spacing, solver.adaptive), steps, schedule, t_start, t_end), schedule)
 
 
 def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:

@@ -30,11 +30,13 @@ COLOURS = (
 MARKERS = "osD^vP*X<>"
 STYLES = ("-", "--", ":", "-.")
 TICKS = (3, 5, 10, 20, 50, 100, 200, 500, 1000)
+CELLS = "Cells"
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
 
 
 def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]], across: int = 3) -> None:
-    """The same seeds by every solver (rows) at every NFE (columns): uint8 [across^2 or more, C, H, W] in each cell."""
+    """The same seeds by every solver (rows) at every NFE (columns): uint8 [across^2 or more, C, H, W] in each cell. The
+    PNG says in its text CELLS how many cells it has."""
     nfes = sorted({nfe for row in sheets.values() for nfe in row})
     figure, axes = plt.subplots(
         len(sheets), len(nfes), figsize=(1.6 * len(nfes) + 1.2, 1.6 * len(sheets)), squeeze=False
@@ -45,12 +47,12 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
             for spine in axis.spines.values():
                 spine.set_visible(False)
             if nfe in cells:
-                axis.imshow(mosaic(cells[nfe], across), cmap="gray")
+                axis.imshow(mosaic(cells[nfe], across), cmap="gray", vmin=0, vmax=255)
             if i == 0:
                 axis.set_title(f"NFE {nfe}", fontsize=10)
         axes[i][0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.4)
-    _save(figure, path)
+    _save(figure, path, told={CELLS: str(sum(map(len, sheets.values())))})
 
 
 class Curve(NamedTuple):
@@ -136,11 +138,11 @@ def save_trajectories(path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarra
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path, close: bool = True) -> None:
+def _save(figure: plt.Figure, path: Path, close: bool = True, told: dict[str, str] | None = None) -> None:
     # no date and a fixed id salt: the same records give the same file
     plt.rcParams["svg.hashsalt"] = "evodiff"
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else told)
     if close:
         plt.close(figure)
 

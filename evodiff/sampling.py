@@ -38,7 +38,12 @@ def integrate(
 
 
 def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
-    """[-1, 1] -> 0..255: `round` is round(127.5 x + 127.5) clipped; `truncate` drops the fraction (older scripts)."""
+    """[-1, 1] -> 0..255: `round` is round(127.5 x + 127.5) clipped; `truncate` drops the fraction (older scripts).
+
+    Raises ConfigError for another rounding.
+    """
+    if rounding not in ("round", "truncate"):
+        raise ConfigError(f"rounding={rounding} does not exist; possible: round, truncate.")
     if x.device.type == "mps":  # which has no float64
         x = x.cpu()
     grey = 127.5 * x.double() + 127.5
@@ -46,14 +51,20 @@ def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
     return grey.clamp(0, 255).to(torch.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generated:
-    """One batch: `x` is what the sampler returned [B, C, H, W], `images` the same as uint8."""
+    """One batch: `x` is what the sampler returned [B, C, H, W], `images` the same as uint8; of a model with classes
+    `labels`, int64 [B]."""
 
     seeds: tuple[int, ...]
     x: Tensor
     images: Tensor
     nfe: int
+    labels: Tensor | None = None
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"<{len(self.seeds)} images of {shape}, seeds {self.seeds[0]} to {self.seeds[-1]}, nfe {self.nfe}>"
 
 
 def start(
@@ -97,7 +108,8 @@ def generate(
     x = integrate(solver, counting, x, grid, noise, denoise_final)
     declared = solver.evaluations(len(grid)) + denoise_final
     if counting.nfe != declared and not solver.adaptive:
-        raise SamplingError(f"{solver} declares {declared} evaluations on {len(grid)} steps but made {counting.nfe}")
+        name = type(solver).__name__
+        raise SamplingError(f"{name} declares {declared} evaluations on {len(grid)} steps but made {counting.nfe}")
     _check_finite(x, seeds, "the network returned NaN or inf, or the solver diverged", "solver")
     images = x
     if decode:

@@ -110,6 +110,8 @@ class LinearVP(VariancePreserving):
     def t_at_log_alpha(self, log_alpha: float) -> float:
         # the root of a quadratic, in the form without cancellation for t -> 0
         slope = self.beta_max - self.beta_min
+        if slope == 0:  # nothing quadratic is left
+            return -2 * log_alpha / self.beta_min
         c = -4 * slope * log_alpha
         return c / (math.sqrt(self.beta_min**2 + c) + self.beta_min) / slope
 

@@ -117,8 +117,8 @@ class SampleStore:
         device: str = "",
     ) -> None:
         """Add one shard of consecutive seeds. Its arrays, with one row per seed and in their order: `images` uint8
-        [N, C, H, W], `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`; `preview` holds the
-        images of the first seeds only.
+        [N, C, H, W], their `labels`, `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`;
+        `preview` holds the images of the first seeds only.
 
         It takes the place of shards within it. Where another process, that cuts the seeds in other places, has written
         some of them with others in the meantime, those stay, and this shard is dropped."""

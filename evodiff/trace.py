@@ -10,6 +10,8 @@ At every evaluation of the network, at x_s on the way to the next node t:
   since the evaluation before;
 - for an exact mixture also both from the exact covariance, its determinant instead of its diagonal.
 
+At the last node there is no next state: a solver that evaluates there has no entropy there, nan.
+
 The traces of several solvers beside each other show whether one lowers the uncertainty faster than another.
 """
 
@@ -77,9 +79,17 @@ class Probe:
 def trace(
     denoiser: Denoiser, solver: Solver, grid: TimeGrid, x: Tensor, noise: SeededNoise, probes: int = 4
 ) -> list[Row]:
-    """The trace of `solver` from x [B, C, H, W] at the first node of `grid`."""
+    """The trace of `solver` from x [B, C, H, W] at the first node of `grid`.
+
+    Raises ConfigError for one that asks at several times in one evaluation: a row has one.
+    """
     probe = Probe(denoiser, SeededNoise([2**40 + seed for seed in noise.seeds]), probes)
     end = integrate(solver, probe, x, grid, noise)
+    if len(probe.calls) != (nfe := solver.evaluations(len(grid))) and not solver.adaptive:
+        raise ConfigError(
+            f"trace: {type(solver).__name__} asks for each image at a time of its own, {len(probe.calls)} calls in "
+            f"{nfe} evaluations, and a trace has one time in each; possible: one seed, like seeds=0, or another solver"
+        )
     rows: list[Row] = []
     for i, (s, x_s, D, diagonal) in enumerate(probe.calls):
         later = [node for node, *_ in probe.calls[i + 1 :] if node.kappa < s.kappa]
@@ -89,6 +99,8 @@ def trace(
         exact_variance = exact_entropy = math.nan
         if isinstance(denoiser, GaussianMixture):
             exact_variance, exact_entropy = exact(denoiser, x_s, s, t)
+        if t.kappa >= s.kappa:
+            entropy = exact_entropy = math.nan
         before = rows[-1] if rows else None
         rows.append(
             Row(
@@ -148,7 +160,7 @@ def write(folder: Path, traces: dict[str, list[Row]]) -> None:
     """trace.json, trace.csv and trace.png in `folder`."""
     with whole_file(folder / "trace.json") as temporary:
         plain = {
-            name: [{k: v if v == v else None for k, v in asdict(row).items()} for row in rows]
+            name: [{k: v if math.isfinite(v) else None for k, v in asdict(row).items()} for row in rows]
             for name, rows in traces.items()
         }
         temporary.write_text(json.dumps(plain, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Trackers: records go in, a dashboard comes out. A tracker is a view; the records stay on disk."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ PER_RUN = 15.0
 """Seconds that each run may take beyond the timeout."""
 Curves = Mapping[str, Mapping[int, float]]
 """Label -> NFE -> value."""
+Papers = Mapping[str, Curves]
+"""By the metric that a paper reports, named as in the records."""
 
 
 class Tracker(Protocol):
@@ -31,12 +34,12 @@ class Tracker(Protocol):
         name: str,
         records: "Sequence[Record]",
         labels: Sequence[str] | None = None,
-        published: Curves | None = None,
+        published: Papers | None = None,
     ) -> bool:
         """Show the records of one run or table called `name`; False if that was asked for and did not work.
 
-        `labels` are the table's rows, one for each record (None: their solvers); `published` are a paper's values of
-        the first metric. Never raises for what the dashboard does.
+        `labels` are the table's rows, one for each record (None: their solvers); `published` are papers' values. Never
+        raises for what the dashboard does.
         """
         ...
 
@@ -49,7 +52,7 @@ class Silent:
         name: str,
         records: "Sequence[Record]",
         labels: Sequence[str] | None = None,
-        published: Curves | None = None,
+        published: Papers | None = None,
     ) -> bool:
         return True
 
@@ -71,13 +74,15 @@ class WandB:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"tracker.mode={self.mode} does not exist; possible: {', '.join(MODES)}.")
+        if type(self.timeout) not in (int, float) or not 0 < self.timeout < math.inf:
+            raise ConfigError(f"tracker.timeout={self.timeout} is impossible: expected a number of seconds, above 0.")
 
     def publish(
         self,
         name: str,
         records: "Sequence[Record]",
         labels: Sequence[str] | None = None,
-        published: Curves | None = None,
+        published: Papers | None = None,
     ) -> bool:
         if self.mode == "disabled" or not records:
             return True
@@ -85,7 +90,7 @@ class WandB:
         content: dict[str, Any] = {
             "project": self.project,
             "entity": self.entity,
-            "runs": [as_run(record, name if is_table else record.run["model"]["name"]) for record in records],
+            "runs": [as_run(record, name if is_table else None) for record in records],
             "table": as_table(name, records, labels, published or {}) if is_table else None,
         }
         for mode in dict.fromkeys((self.mode, "offline")):
@@ -127,13 +132,17 @@ class WandB:
         return said[-1] if said else f"its process ended with exit code {done.returncode}"
 
 
-def as_run(record: "Record", group: str) -> dict[str, Any]:
-    """What W&B shows of one record. Its id is the run's key, so that publishing again adds nothing."""
+def as_run(record: "Record", table: str | None) -> dict[str, Any]:
+    """What W&B shows of one record. Its id is the run's key, so that publishing again adds nothing.
+
+    Its group is the table that was published last, and every table that it is in is a tag.
+    """
     grid = results_folder() / "runs" / record.run["model"]["name"] / record.key / "grid.png"
     return {
         "id": record.key,
         "name": record.key,
-        "group": group,
+        "group": table or record.run["model"]["name"],
+        "tags": [table] if table else [],
         "job_type": record.run["solver"]["name"],
         "config": {**record.run, "protocol": record.protocol, "weights": record.weights, "versions": record.versions},
         "summary": {
@@ -147,13 +156,15 @@ def as_run(record: "Record", group: str) -> dict[str, Any]:
     }
 
 
-def as_table(name: str, records: "Sequence[Record]", labels: Sequence[str] | None, published: Curves) -> dict[str, Any]:
+def as_table(name: str, records: "Sequence[Record]", labels: Sequence[str] | None, published: Papers) -> dict[str, Any]:
     """A table's cells, one line for each record, and of each metric the curves against NFE, means over seeds."""
     labels = labels or [record.run["solver"]["name"] for record in records]
     metrics = list(dict.fromkeys(metric for record in records for metric in record.metrics))
+    compared = {metric: papers for metric, papers in published.items() if any(papers.values())}
     lines = [
         [
-            *(label, record.nfe, *map(record.metrics.get, metrics), published.get(label, {}).get(record.nfe)),
+            *(label, record.nfe, *map(record.metrics.get, metrics)),
+            *(papers.get(label, {}).get(record.nfe) for papers in compared.values()),
             *(record.images, images_per_second(record), record.key),
         ]
         for label, record in zip(labels, records, strict=True)
@@ -165,11 +176,12 @@ def as_table(name: str, records: "Sequence[Record]", labels: Sequence[str] | Non
             if metric in record.metrics:
                 found.setdefault(label, {}).setdefault(record.nfe, []).append(record.metrics[metric])
         means = {label: {nfe: statistics.fmean(at[nfe]) for nfe in at} for label, at in found.items()}
-        papers = {f"{label} (published)": at for label, at in published.items()} if metric == metrics[0] else {}
+        papers = {f"{label} (published)": at for label, at in compared.get(metric, {}).items() if at}
         curves[metric] = {
             label: [sorted(at), [at[nfe] for nfe in sorted(at)]] for label, at in {**means, **papers}.items()
         }
-    columns = ["row", "nfe", *metrics, "published", "images", "images_per_second", "key"]
+    papers_of = [f"{metric} (published)" for metric in compared]
+    columns = ["row", "nfe", *metrics, *papers_of, "images", "images_per_second", "key"]
     return {"name": name, "columns": columns, "lines": lines, "curves": curves}
 
 

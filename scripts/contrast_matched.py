@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from evodiff.errors import EvodiffError
+from evodiff.locks import locked
 from evodiff.metrics.contrast import contrast_matched, read_matched, write_matched
 from evodiff.runs.job import store_of
 from evodiff.tables.table import Table
@@ -29,13 +30,15 @@ def main(argv: list[str]) -> None:
         if not job.run.folder.exists() or (store := store_of(job)).missing():
             absent += 1
             continue
-        cell = found[key] = contrast_matched(store, job.protocol, job.device)
+        cell = contrast_matched(store, job.protocol, job.device)
         print(
             f"{row} at NFE {nfe}: {cell.plain:.2f}, with gain {cell.gain:g} {cell.matched:.2f}, with "
             f"{cell.free_gain:.3g} {cell.free:.2f}",
             flush=True,
         )
-        write_matched(path, {(r, n, key): found[key] for (r, n, _), key in table.keys.items() if key in found})
+        with locked(table.folder, "matched.lock"):  # another process may have added its own
+            found = read_matched(path) | {key: cell}
+            write_matched(path, {(r, n, key): found[key] for (r, n, _), key in table.keys.items() if key in found})
     if absent:
         print(f"{absent} runs are left out: images or states are not here. `evodiff table {given.table}` makes them.")
 

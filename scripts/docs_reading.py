@@ -91,11 +91,11 @@ def _gain() -> Iterable[str]:
     claim(0.7 < mnist("images", "EVODiff", 16) / mnist("images", "EVODiff", 15) < 1)
     claim(max(free) - min(free) < 0.3 * (max(plain) - min(plain)), abs(at_16 - at_15) < 0.5)
     yield f"""\
-**Most of EVODiff's lead is one output gain.** Its last step multiplies an answer that no longer changes by 1.07 to 1.09 at
-5 to 15 evaluations and by 1.01 to 1.03 from 16 on ([The last step](method.md#the-last-step)). Between the two its distance goes
-from {show(before)} to {show(after)} while the error of its states halves, {states[0]} to {states[1]}. (That of its
-images, in which what the gain pushed beyond the range is clipped, goes from {images[0]} to {images[1]}.) Why this helps
-here: {percent(ends)} of the pixels of real digits are black or
+**Most of EVODiff's lead is one output gain.** Its last step multiplies an answer that no longer changes by 1.07 to 1.09
+at 5 to 15 evaluations and by 1.01 to 1.03 from 16 on ([The last step](method.md#the-last-step)). Between the two its
+distance goes from {show(before)} to {show(after)} while the error of its states halves, {states[0]} to {states[1]}.
+(That of its images, in which what the gain pushed beyond the range is clipped, goes from {images[0]} to {images[1]}.)
+Why this helps here: {percent(ends)} of the pixels of real digits are black or
 white, and {percent(mnist.converged("saturated"))} of the converged samples', whose background is a few grey levels off;
 EVODiff's at 10 evaluations are {percent(mnist("saturated", "EVODiff", 10))}, for what is amplified beyond the range
 ends at its limits. As contrast it overshoots: {show(mnist("contrast", "EVODiff", 10))} beside {show(of_digits)} of real
@@ -258,9 +258,9 @@ With the gain that suits each best, tuned on other seeds (`python scripts/contra
 order at 10 evaluations is another: {first}. `evodiff`, first without, is number {place} of {len(ranked)}: it brings its
 gain along. (Distances of {cells["evodiff"].images:,} images; EVODiff's has a standard deviation of
 {math.sqrt(2) * scatters[0]:.1g}. {beyond} of the {len(cells)} rows take a gain of {max(GAINS):g} or more.) Two rows
-know more than the others: `dpm_v3` has statistics of this network, taken with `evodiff stats ems`, and `teleport` the mean
-and covariance of the digits. At 20 evaluations there are 10,000 images of {len(column)} solvers so far, those that lead
-on 1,000 among them: {leading}; with the gain (of {len(gained)} of them) {best}.
+know more than the others: `dpm_v3` has statistics of this network, taken with `evodiff stats ems`, and `teleport` the
+mean and covariance of the digits. At 20 evaluations there are 10,000 images of {len(column)} solvers so far, those that
+lead on 1,000 among them: {leading}; with the gain (of {len(gained)} of them) {best}.
 """
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from evodiff.errors import ConfigError, EvodiffError
+from evodiff.locks import locked
 from evodiff.metrics.paired import paired, read_paired, scored, write_paired
 from evodiff.runs.job import store_of
 from evodiff.tables.table import Table
@@ -41,9 +42,11 @@ def main(argv: list[str]) -> None:
         assert protocol is not None
         other = scored(stores[against], protocol, device)
         for row in here:
-            pair = found[keys[row], keys[against]] = paired(scored(stores[row], protocol, device), other)
+            pair = paired(scored(stores[row], protocol, device), other)
             print(f"{row} at NFE {nfe}: {pair.difference:+.3f} ± {pair.standard_error:.3f}", flush=True)
-            write_paired(path, found)
+            with locked(table.folder, "paired.lock"):  # another process may have added its own
+                found = read_paired(path) | {(keys[row], keys[against]): pair}
+                write_paired(path, found)
     if absent:
         print(f"{absent} pairs are left out: the images of one are not here. `evodiff table {given.table}` makes them.")
 

@@ -10,9 +10,9 @@ CONTENT = bytes(range(256)) * 2048
 class Server(ThreadingHTTPServer):
     """`replies[path]` is a list of replies, used up one by one, the last one kept; `seen` the requests, in order.
 
-    A reply is a dict: content; status; partial: 206 where nobody asked for a part; etag; type; cut: bytes after which the connection is closed; ranges: whether
-    partial requests are understood; hold: an event to wait for before anything is sent; headers: others beside these,
-    None for one that is left out.
+    A reply is a dict: content; status; partial: 206 where nobody asked for a part; etag; type; cut: bytes after which
+    the connection is closed; ranges: whether partial requests are understood; hold: an event to wait for before
+    anything is sent; headers: others beside these, None for one that is left out.
     """
 
     daemon_threads = True

@@ -23,8 +23,11 @@ from evodiff.runs.job import Job, store_of
 from evodiff.runs.sample import sample_run
 from evodiff.schedule import EDM, DiscreteVP
 from evodiff.solvers.ddim import DDIM
+from evodiff.solvers.dpm_solver_v3 import Statistics
 from evodiff.solvers.evodiff import EVODiff
 from evodiff.solvers.heun import Heun
+from evodiff.solvers.singlestep import DPMSolverPPSinglestep
+from evodiff.solvers.teleport import Teleport
 
 
 def test_the_example_of_the_documentation():
@@ -77,7 +80,7 @@ class Labelled(nn.Module):
         return torch.zeros_like(x) if y is None else (y.view(-1, 1, 1, 1) / 4).expand_as(x)
 
 
-@pytest.mark.parametrize("array", [np.asarray, torch.tensor])
+@pytest.mark.parametrize("array", [np.asarray, torch.tensor, lambda seeds: list(np.asarray(seeds))])
 def test_seeds_may_be_an_array(array):
     told = evodiff.sample("mixture", nfe=5, seeds=array([4, 7]))
     assert told.seeds == (4, 7)
@@ -87,9 +90,13 @@ def test_seeds_may_be_an_array(array):
 def test_labels_are_drawn_from_the_seeds_or_given():
     model = evodiff.wrap(Labelled(), shape=(1, 2, 2), predicts="x0", schedule=DiscreteVP.linear(), num_classes=4)
     given = evodiff.sample(model, "ddim", 3, range(4), labels=[3, 2, 1, 0], batch=3, denoise_final=True)
-    assert given.x[:, 0, 0, 0].tolist() == [0.75, 0.5, 0.25, 0.0]
-    drawn = [evodiff.sample(model, "ddim", 3, range(k, k + 4), denoise_final=True).x[:, 0, 0, 0] for k in (0, 2)]
+    assert given.x[:, 0, 0, 0].tolist() == [0.75, 0.5, 0.25, 0.0] and given.labels.tolist() == [3, 2, 1, 0]
+    assert repr(given) == "<4 images of 1x2x2, seeds 0 to 3, nfe 3>"
+    assert evodiff.sample("mixture", nfe=5, seeds=[0]).labels is None
+    of_seeds = [evodiff.sample(model, "ddim", 3, range(k, k + 4), denoise_final=True) for k in (0, 2)]
+    drawn = [out.x[:, 0, 0, 0] for out in of_seeds]
     assert torch.equal(drawn[0][2:], drawn[1][:2]) and len(set(drawn[0].tolist())) > 1
+    assert of_seeds[0].labels.tolist() == (4 * drawn[0]).tolist()
     guided = evodiff.sample(model, "ddim", 3, range(2), labels=[1, 2], guidance=ClassifierFree(0.5), denoise_final=True)
     assert guided.x[:, 0, 0, 0].tolist() == pytest.approx([0.125, 0.25])
     with pytest.raises(ConfigError, match="2 labels for 3 seeds of a model with 4 classes"):
@@ -155,7 +162,10 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"seeds": 4}, "seeds=4 is impossible"),
         ({"seeds": "0-3"}, "seeds='0-3' is impossible"),
         ({"seeds": [-1]}, r"seeds=\[-1\] is impossible"),
-        ({"batch": 0}, "batch=0 must be whole numbers, batch at least 1"),
+        ({"seeds": [0.5] * 1000}, "seeds=<list> is impossible"),
+        ({"grid": torch.ones(3, 99, 99)}, "grid=<Tensor> is impossible"),
+        ({"batch": 0}, "batch=0 must be whole numbers, at least 1"),
+        ({"solver": "teleport", "nfe": 0}, "nfe=0 and batch=250 must be whole numbers, at least 1"),
         ({"nfe": "5"}, "nfe='5' and batch=250 must be whole numbers"),
         ({"dtype": "float32"}, "dtype='float32' is impossible: give torch.float64 or torch.float32"),
         ({"guidance": "clasifier"}, "guidance=clasifier does not exist. Did you mean classifier?"),
@@ -190,7 +200,7 @@ def test_torchs_own_random_numbers_are_left_alone():
             for shape in ("388", (3.0, 8, 8), (0, 8, 8), (-3, 8, 8), (8, 8))
         ),
         ({"seeds": [2**64]}, "is impossible: give at least one number from 0 on"),
-        ({"labels": [1] * 16}, "16 labels for 16 seeds of a model with 0 classes"),
+        ({"labels": [1] * 16}, "this model has no classes: leave labels out"),
     ],
 )
 def test_what_cannot_be_is_answered(arguments, message):
@@ -239,3 +249,15 @@ def test_named_solvers_take_other_fields():
     assert named_solver("evodiff", final="euler") == EVODiff(final="euler")
     with pytest.raises(ConfigError, match="solver=evodiff has no field fianl. Possible: lower_order_final, final,"):
         named_solver("evodiff", fianl="euler")
+
+
+def test_named_solvers_take_objects():
+    assert named_solver("dpmpp_2s", inner=Karras(), lower_order_final=False) == DPMSolverPPSinglestep(
+        inner=Karras(), lower_order_final=False
+    )
+    assert named_solver("teleport", base=EVODiff(), skip=1) == Teleport(EVODiff(), skip=1)
+    one = torch.ones(3, 1, 2, 2, dtype=torch.float64)
+    statistics = Statistics(torch.arange(3.0).double(), one, one, one)
+    assert named_solver("dpm_v3", statistics=statistics).statistics is statistics
+    with pytest.raises(ConfigError, match="gaussian=<Statistics> is impossible; possible: a Gaussian, or null"):
+        named_solver("teleport", gaussian=statistics)

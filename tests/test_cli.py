@@ -154,6 +154,13 @@ def test_the_record_repeats_the_run(evodiff_command, results):
     assert Run(**record["run"]).key() == folder.name == record["key"]
 
 
+def test_a_method_without_what_makes_it_one_says_so(evodiff_command, results):
+    _, _, told = evodiff_command("sample", *MIXTURE, "solver=dpm_v3", "nfe=5")
+    assert "solver.statistics=null, so l = 1 and s = b = 0: not the DPM-Solver-v3 of its paper; configs/solver/" in told
+    assert "solver.gaussian=null" in evodiff_command("sample", *MIXTURE, "solver=teleport", "nfe=5")[2]
+    assert "null" not in evodiff_command("sample", *MIXTURE, "solver=dpmpp_3m", "nfe=5")[2]
+
+
 def test_the_record_names_the_device_that_made_the_images(evodiff_command, results):
     evodiff_command("sample", *MIXTURE, "solver=ddim", "nfe=5")
     folder = next((results / "runs" / "mixture").iterdir())

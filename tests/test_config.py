@@ -124,6 +124,10 @@ def test_a_solver_file_that_is_none_is_answered_in_a_sentence(own_solver, conten
     [
         ("nfee=5", "nfee is no key of the configuration. Did you mean nfe?"),
         ("solver=evodif", "solver=evodif does not exist. Did you mean evodiff?"),
+        ("nfe=5,10", "nfe=5,10 are several values: add -m to sweep over them."),
+        ("metrics=fid,is", "add -m to sweep over them, or for a list write 'metrics=[fid,is]'."),
+        ("guidance.scale=2", "It is one of guidance=classifier or classifier_free: set that, too."),
+        ("hydra/launcher=joblb", "hydra/launcher=joblb does not exist. Did you mean joblib? Possible: basic, joblib, "),
         ("model=minst_tiny", "Did you mean mnist_tiny?"),
         ("solver.moo=1", "solver.moo is no key of the configuration. Did you mean solver.mu?"),
         ("solver.fianl=euler", "Did you mean solver.final?"),

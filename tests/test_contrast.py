@@ -1,5 +1,7 @@
 """The gain that matches contrast is found, and not on the seeds it is reported on."""
 
+from types import SimpleNamespace
+
 import contrast_matched as script
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from evodiff.errors import ConfigError, StoreError
 from evodiff.metrics.contrast import Matched, contrast_matched, outward, read_matched, write_matched
 from evodiff.metrics.protocol import protocol
 from evodiff.store import SampleStore
+from evodiff.tables.table import Table
 
 MNIST = protocol("mnist")
 
@@ -83,6 +86,22 @@ def test_matched_cells_come_back_by_the_key_of_their_run(tmp_path):
         "solver,nfe,images,plain,gain,matched,free_gain,free,run",
         "UniPC-3,10,200,48.51234567890123,1.3,14.9,1.365,14.7,abc",
     ]
+
+
+def test_cells_that_another_process_adds_stay(results, monkeypatch):
+    table, path = Table.of_file("demo"), results / "tables/demo/matched.csv"
+    ours, theirs = (table.keys[row, 5, 0] for row in ("DDIM", "EVODiff"))
+    cell = Matched(500, 3.0, 1.1, 2.0, 1.1, 2.0)
+
+    def meanwhile(*_):
+        write_matched(path, {("EVODiff", 5, theirs): cell})
+        return cell
+
+    monkeypatch.setattr(script, "store_of", lambda job: SimpleNamespace(missing=list))
+    monkeypatch.setattr(script, "contrast_matched", meanwhile)
+    table.jobs["DDIM", 5, 0].run.folder.mkdir(parents=True)
+    script.main(["demo", "5"])
+    assert read_matched(path) == {ours: cell, theirs: cell}
 
 
 def test_the_script_says_what_it_left_out(results, capsys):

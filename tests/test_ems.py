@@ -170,6 +170,25 @@ def test_missing_and_broken_files_are_refused(tmp_path):
     np.savez(tmp_path / "ems" / "sb.npz", s=np.ones(3))
     with pytest.raises(ConfigError, match="b is not a file"):
         ems.load(str(tmp_path / "ems"), lambdas=[0, 1])
+    for content in (b"", (tmp_path / "ems" / "l.npz").read_bytes()[:200]):
+        (tmp_path / "ems" / "sb.npz").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"statistics.folder={tmp_path / 'ems'}: .*Expected l.npz with l"):
+            ems.load(str(tmp_path / "ems"), lambdas=[0, 1])
+    with (tmp_path / "ems" / "sb.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ConfigError, match="Expected l.npz with l"):
+        ems.load(str(tmp_path / "ems"), lambdas=[0, 1])
+
+
+def test_as_many_half_log_snrs_as_statistics(tmp_path):
+    write_published(tmp_path / "ems", lambdas=np.linspace(-1, 1, 4))
+    with pytest.raises(ConfigError, match=f"statistics.folder={tmp_path / 'ems'}: statistics: l has shape"):
+        ems.load(str(tmp_path / "ems"))
+    write_published(tmp_path / "none", lambdas=np.zeros(0))
+    with pytest.raises(
+        ConfigError, match=f"statistics.folder={tmp_path / 'none'}: statistics: lambdas must be at least"
+    ):
+        ems.load(str(tmp_path / "none"), lambdas=[-1, 1])
 
 
 def test_the_command_writes_what_the_solver_loads(tmp_path, evodiff_command):

@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from evodiff.errors import BudgetError, ConfigError
-from evodiff.grid import FromFile, Karras, Listed, LogSNR, Optimised, TimeGrid, TimeUniform, grid_for
-from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP
+from evodiff.grid import NSR, FromFile, Karras, Listed, LogSNR, Optimised, TimeGrid, TimeUniform, grid_for
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.heun import Heun
+from evodiff.solvers.probability_flow import ProbabilityFlow
 from evodiff.solvers.singlestep import DPMSolverPPSinglestep
 
 SPACINGS = [LogSNR(), Karras(), TimeUniform(), TimeUniform(2.0)]
@@ -68,6 +70,8 @@ def test_an_impossible_budget_names_the_nearest(nfe, denoise_final, near):
 def test_no_budget_is_for_adaptive_solvers():
     with pytest.raises(BudgetError, match="needs a budget"):
         grid_for(None, DDIM(), LogSNR(), EDM())
+    with pytest.raises(BudgetError, match="gives 3 times, but 1 steps need 2. Give the first and the last only"):
+        grid_for(None, ProbabilityFlow(), Listed((80.0, 1.0, 0.002)), EDM())
 
 
 def test_a_variance_preserving_schedule_ends_at_1_and_noise_levels_have_no_last():
@@ -94,10 +98,27 @@ def test_listed_times_have_their_own_ends(ends):
     assert [node.t for node in own.nodes] == [70, 10, 0.5, 0.1]
 
 
-@pytest.mark.parametrize("rho", [0.0, -7.0, math.inf, math.nan])
-def test_karras_needs_a_finite_exponent(rho):
-    with pytest.raises(ConfigError, match="finite numbers above 0"):
-        Karras(rho)
+@pytest.mark.parametrize(
+    ("spacing", "value"),
+    [
+        *((spacing, value) for spacing in (Karras, TimeUniform) for value in (0.0, 0.001, 0.004)),
+        *(
+            (spacing, value)
+            for spacing in (Karras, TimeUniform, NSR)
+            for value in (-7.0, 1e20, math.inf, math.nan, "a")
+        ),
+    ],
+)
+def test_spacings_refuse_what_leaves_no_numbers(spacing, value):
+    """80^(1/0.004) overflows, and 80^1e-20 is 1."""
+    with pytest.raises(ConfigError, match=f"={re.escape(str(value))} is impossible; possible: numbers from"):
+        spacing(value)
+
+
+@pytest.mark.parametrize("spacing", [Karras(0.1), Karras(1e6), TimeUniform(0.1), TimeUniform(1e6), NSR(0), NSR(1e6)])
+@pytest.mark.parametrize("schedule", [EDM(), LinearVP(), Flow()])
+def test_the_last_values_that_are_possible_make_grids(spacing, schedule):
+    assert len(grid_for(100, DDIM(), spacing, schedule)) == 100
 
 
 class Fixed:

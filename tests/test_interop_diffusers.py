@@ -20,7 +20,7 @@ from evodiff.solvers.evodiff import EVODiff
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array")  # diffusers' own, on NumPy 2
-from evodiff.interop.diffusers import EVODiffScheduler, SolverScheduler  # noqa: E402
+from evodiff.interop.diffusers import EVODiffScheduler, GivenOutput, SolverScheduler  # noqa: E402
 
 SCHEDULE = DiscreteVP.linear()
 SPACINGS = {"logsnr": LogSNR(), "karras": Karras(), "time_uniform": TimeUniform()}
@@ -43,7 +43,7 @@ def integrated(solver, x, scheduler, noise=None, denoise_final=False):
     return integrate(solver, MIXTURE, x, grid, noise, denoise_final)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ts_ddim"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_steps_as_it_does_in_the_projects_own_loop(name):
     solver = SOLVERS[name]
     scheduler = SolverScheduler(solver=name, spacing="logsnr")
@@ -67,8 +67,19 @@ def test_solvers_that_need_other_evaluations_are_refused():
     assert not {"heun", "dpm2", "dpmpp_2s", "probability_flow", "pc", "plms", "teleport"} & set(SOLVERS)
     with pytest.raises(ConfigError, match="heun does not evaluate the network exactly once per step"):
         SolverScheduler(solver="heun")
-    with pytest.raises(SamplingError, match="asks for a network output that the pipeline has not computed"):
-        loop(SolverScheduler(solver="ts_ddim"), noise())
+    with pytest.raises(
+        ConfigError, match="ts_ddim does not evaluate the network exactly once per step, at the step's own"
+    ):
+        SolverScheduler(solver="ts_ddim")
+    assert SolverScheduler(solver="ts_ddim", solver_fields={"window": 0.0}).solver.window == 0
+
+
+def test_a_solver_that_asks_for_more_than_it_was_given_is_stopped():
+    given = GivenOutput(noise(), SCHEDULE.node(0.5), SCHEDULE)
+    given(noise(), SCHEDULE.node(0.5))
+    for denoise in (given, GivenOutput(noise(), SCHEDULE.node(0.4), SCHEDULE)):
+        with pytest.raises(SamplingError, match="asks for a network output that the pipeline has not computed"):
+            denoise(noise(), SCHEDULE.node(0.5))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
@@ -162,6 +173,7 @@ def test_listed_timesteps_and_sigmas():
         ({"num_inference_steps": 3, "timesteps": [9, 5, 1]}, "and only one"),
         ({"num_inference_steps": 0}, "num_inference_steps=0 is impossible"),
         ({"timesteps": [10, 20]}, "must fall strictly"),
+        ({"timesteps": [999, 500, 0]}, 'timestep 0, is no earlier than the end of .* set final_sigmas_type="zero"'),
         ({"sigmas": [1.0, 0.0, 0.5]}, "only the last may be 0"),
     ],
 )
@@ -207,6 +219,25 @@ def test_evodiff_takes_plain_differences_on_flows():
     assert plain < 0.3 and balanced > 1
 
 
+def test_before_the_result_evodiff_takes_a_plain_step_unless_told():
+    """In five leading steps the last one ends at kappa 0.6, where the released end would leave little of the state."""
+    config = {"final_sigmas_type": "zero", "timestep_spacing": "leading"}
+    told = EVODiffScheduler(**config, solver_fields={"final": "released"})
+    outs, truth = [], loop(SolverScheduler("dpmpp_2m", spacing="logsnr", final_sigmas_type="zero"), noise(), 300)
+    for scheduler in (EVODiffScheduler(**config), told):
+        outs.append((loop(scheduler, noise(), 5) - truth).square().mean().sqrt())
+    assert outs[0] < 0.5 * outs[1]
+
+
+def test_the_end_is_chosen_anew_with_the_nodes():
+    scheduler = EVODiffScheduler()
+    for nodes, final in (({"sigmas": [9, 1, 0]}, "euler"), ({"num_inference_steps": 3}, "released")):
+        scheduler.set_timesteps(**nodes)
+        assert scheduler.solver == EVODiff(final=final)
+    assert EVODiffScheduler(final_sigmas_type="zero").solver == EVODiff(final="euler")
+    assert EVODiffScheduler(final_sigmas_type="zero", solver_fields={"final": "released"}).solver == EVODiff()
+
+
 def test_used_again_it_gives_the_same():
     scheduler, x = EVODiffScheduler(), noise()
     first = loop(scheduler, x)
@@ -214,7 +245,7 @@ def test_used_again_it_gives_the_same():
     assert torch.equal(loop(scheduler, x), first)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "ts_ddim"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_steps_stay_on_the_device_of_the_sample(name):
     """A tensor of another device anywhere in a step would raise."""
     scheduler = SolverScheduler(solver=name, thresholding=True, dynamic_thresholding_ratio=0.9)

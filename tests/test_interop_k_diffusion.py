@@ -7,7 +7,7 @@ import torch
 
 from evodiff.config import choices
 from evodiff.errors import ConfigError
-from evodiff.grid import Karras, TimeGrid
+from evodiff.grid import Karras, LogSNR, TimeGrid
 from evodiff.interop import k_diffusion
 from evodiff.models.analytic import GaussianMixture
 from evodiff.sampling import integrate
@@ -87,10 +87,23 @@ def test_a_last_sigma_of_0_is_one_evaluation():
 
     out = k_diffusion.sample_evodiff(counted, start(), torch.tensor([*TIMES, 0.0], dtype=torch.float64), disable=True)
     assert calls == TIMES
-    expected = integrate(EVODiff(), MIXTURE, start(), TimeGrid.at(TIMES, SCHEDULE), denoise_final=True)
+    expected = integrate(EVODiff(final="euler"), MIXTURE, start(), TimeGrid.at(TIMES, SCHEDULE), denoise_final=True)
     assert torch.allclose(out, expected, atol=1e-12)
     alone = k_diffusion.sample_evodiff(model, start(), torch.tensor([TIMES[0], 0.0], dtype=torch.float64), disable=True)
     assert torch.equal(alone, model(start(), torch.full((3,), TIMES[0])))
+
+
+def test_before_a_last_0_evodiff_takes_a_plain_step_unless_told():
+    """The released end would scale the state by 1 - sqrt(1.6 * 0.6), which is next to nothing."""
+    sigmas = torch.tensor([20.0, 6.0, 3.0, 1.6, 0.6, 0.0], dtype=torch.float64)
+    fine = torch.tensor([*LogSNR().times(300, SCHEDULE, 20.0, 0.05), 0.0], dtype=torch.float64)
+    truth = k_diffusion.sample_dpmpp_2m(model, start(), fine, disable=True)
+
+    def error(**fields):
+        out = k_diffusion.sample_evodiff(model, start(), sigmas, disable=True, **fields)
+        return (out - truth).square().mean().sqrt()
+
+    assert error() == error(final="euler") < 0.5 * error(final="released")
 
 
 def test_extra_args_and_fields_reach_the_model_and_the_solver():
@@ -106,6 +119,18 @@ def test_extra_args_and_fields_reach_the_model_and_the_solver():
     assert torch.equal(made, euler)
     with pytest.raises(ConfigError, match="solver=evodiff has no field moo"):
         k_diffusion.sample_evodiff(model, start(), SIGMAS, moo=1)
+
+
+def test_sigma_hat_is_what_the_network_saw():
+    asked, seen = [], []
+
+    def watched(x, sigma):
+        asked.append(sigma[0].item())
+        return model(x, sigma)
+
+    k_diffusion.sample_heun(watched, start(), SIGMAS, callback=seen.append, disable=True, S_churn=1.0)
+    assert [told["sigma_hat"].item() for told in seen] == asked[::2]
+    assert [told["sigma_hat"] / told["sigma"] for told in seen] == pytest.approx([1 + 1 / 7] * 6)
 
 
 def test_noise_is_that_of_the_sampler_between_two_sigmas_or_torchs_own():

@@ -13,6 +13,7 @@ from evodiff.runs.job import Job, store_of
 from evodiff.runs.sample import sample_run
 from evodiff.sampling import to_uint8
 from evodiff.schedule import DiscreteVP
+from evodiff.solvers.evodiff import EVODiff
 
 diffusers = pytest.importorskip("diffusers")
 from evodiff.interop.diffusers import EVODiffScheduler, SolverScheduler  # noqa: E402
@@ -85,8 +86,10 @@ def test_stable_diffusion_makes_the_images_of_evodiff_run(stable_diffusion, resu
     images = pipe(**common, generator=generators(), output_type="pt").images
 
     texts = str(stable_diffusion / "prompts.txt")
+    end = "euler" if final == "zero" else "released"
     ours = evodiff.sample(
         latent(str(stable_diffusion / "sd"), texts),
+        EVODiff(final=end),
         nfe=7,
         seeds=SEEDS,
         grid="time_uniform",
@@ -98,6 +101,7 @@ def test_stable_diffusion_makes_the_images_of_evodiff_run(stable_diffusion, resu
     job = Job.compose(
         ["model=sd15", f"model.pipeline={stable_diffusion / 'sd'}", f"model.prompts={texts}", "solver=evodiff", "nfe=7"]
         + ["grid=time_uniform", "guidance=classifier_free", f"denoise_final={str(final == 'zero').lower()}"]
+        + [f"solver.final={end}"]
         + ["seeds=0-3", "protocol=none", "metrics=[]", "reference_run=null", "device=cpu"]
     )
     assert sample_run(job)

@@ -1,5 +1,7 @@
 """Differences between runs of the same seeds."""
 
+from types import SimpleNamespace
+
 import paired as script
 import pytest
 import torch
@@ -10,6 +12,7 @@ from evodiff.metrics.paired import Paired, paired, read_paired, scored, write_pa
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.score import score
 from evodiff.store import SampleStore
+from evodiff.tables.table import Table
 
 MNIST = protocol("mnist")
 
@@ -43,6 +46,24 @@ def test_differences_come_back_by_the_keys_of_their_runs(tmp_path):
     assert read_paired(path) == {}
     write_paired(path, found)
     assert read_paired(path) == found
+
+
+def test_pairs_that_another_process_adds_stay(results, monkeypatch):
+    theirs = {("theirs", "other"): Paired(1.0, 0.1)}
+
+    def meanwhile(*_):
+        write_paired(results / "tables/demo/paired.csv", theirs)
+        return Paired(2.0, 0.2)
+
+    monkeypatch.setattr(script, "store_of", lambda job: SimpleNamespace(missing=list))
+    monkeypatch.setattr(script, "scored", lambda *_: None)
+    monkeypatch.setattr(script, "paired", meanwhile)
+    table = Table.of_file("demo")
+    for row in ("DDIM", "EVODiff"):
+        table.jobs[row, 5, 0].run.folder.mkdir(parents=True)
+    script.main(["demo", "DDIM", "5"])
+    ours = (table.keys["EVODiff", 5, 0], table.keys["DDIM", 5, 0])
+    assert read_paired(results / "tables/demo/paired.csv") == {**theirs, ours: Paired(2.0, 0.2)}
 
 
 def test_the_script_says_what_it_left_out(results, capsys):

@@ -4,19 +4,24 @@ import csv
 import json
 import re
 import shlex
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.pictures import mosaic, save_grid
-from evodiff.tables import published, text, trajectory
+from evodiff.plots import save_sample_sheet
+from evodiff.tables import published, samples, text, trajectory
 from evodiff.tables import table as table_module
 from evodiff.tables.failures import Failures
 from evodiff.tables.inputs import missing_inputs
+from evodiff.tables.published import Published, Verdict
 from evodiff.tables.table import Table
 from evodiff.tables.text import latex, markdown, show
 
@@ -140,6 +145,22 @@ def test_names_of_rows_are_text_on_every_page(small):
     assert r"A$|$b $<$c$>$ 100\% & " in latex(table)
 
 
+def test_signs_of_latex_are_text_in_it():
+    assert text.tex(r"a\b^c~{d}_e") == r"a\textbackslash{}b\textasciicircum{}c\textasciitilde{}\{d\}\_e"
+
+
+def test_three_digits_without_an_exponent():
+    assert [show(value) for value in (2.934, 99.96, 999.4, 999.6, 1234)] == ["2.93", "100", "999", "1000", "1234"]
+
+
+def test_bold_is_the_best_number_that_is_shown():
+    """One paper takes the least of three runs, and so do we in its cell."""
+    paper = Published("m", "A", "min of 3", 10, "FID", "2.00", "50000", "", "S", "Table 1", "quoted")
+    least, mean = (Verdict(values, 50_000, False, p) for values, p in (((2.0, 3.0, 4.0), paper), ((2.5,), None)))
+    table = SimpleNamespace(nfe=[10], verdicts=lambda metric: {("A", 10): least, ("B", 10): mean})
+    assert text.best(table, "fid@50000") == {("A", 10)}
+
+
 def test_failures_are_grouped_and_leave_no_memory_held(capsys, monkeypatch):
     emptied = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -226,9 +247,32 @@ def test_a_cell_is_the_mean_of_its_runs_beside_the_paper(with_papers, results):
     assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.990", "read-from-figure", "2")
     assert float(line["difference"]) == pytest.approx(float(line["value"]) - 9.99)
     assert lines["EVODiff", "6", "rmse@250"]["paper"] == ""
-    for page, mark in (("table.md", "* (9.990)"), ("table.tex", "* (9.990)"), ("report.html", "<small>9.990</small>")):
+    marks = {"table.md": r"\* (9.990)", "table.tex": "* (9.990)", "report.html": "<small>9.990</small>"}
+    for page, mark in marks.items():
         assert mark in (results / "tables" / "smoke" / page).read_text()
     assert "Trained" in (results / "tables" / "smoke" / "report.html").read_text()  # published only
+
+
+def test_a_tracker_is_told_which_metric_a_paper_reports(with_papers):
+    table, told = with_papers(), []
+    tracker = SimpleNamespace(publish=lambda name, records, labels, published: told.append((records, published)))
+    table.publish(tracker)
+    ((records, published),) = told
+    verdicts = table.verdicts("mse@250")
+    assert published["mse@250"]["DDIM"] == {n: verdicts["DDIM", n].paper.number for n in (5, 6)}
+    assert not any(published["rmse@250"].values())
+    assert records[0].metrics["mse@250"] == pytest.approx(records[0].metrics["rmse@250"] ** 2)
+
+
+def test_a_part_of_the_seeds_has_pages_of_its_own(with_papers, results):
+    before = bytes_of(results / "tables" / "smoke", "*")
+    shutil.rmtree(results / "runs")
+    part = with_papers("repeats=1")
+    part.write()
+    page = (results / "tables" / "smoke-repeats1" / "table.md").read_text()
+    assert "3 of 3 cells done" in page and "made by `evodiff table smoke repeats=1`" in page
+    assert bytes_of(results / "tables" / "smoke", "*") == before
+    assert with_papers("repeats=2").name == "smoke", "all there are"
 
 
 def test_a_trial_is_a_proxy_with_pages_of_its_own(with_papers, results):
@@ -236,7 +280,7 @@ def test_a_trial_is_a_proxy_with_pages_of_its_own(with_papers, results):
     trial = with_papers("limit=4", "repeats=1")
     assert trial.make() == 0
     assert {v.state for v in trial.verdicts("mse@4").values()} == {"proxy"}
-    assert (results / "tables" / "smoke-4" / "report.html").exists()
+    assert (results / "tables" / "smoke-4-repeats1" / "report.html").exists()
     assert bytes_of(results / "tables" / "smoke", "*") == before
 
 
@@ -246,6 +290,83 @@ def test_a_table_without_runs_shows_the_papers(with_papers, results):
     text = (results / "tables" / "smoke-5" / "table.md").read_text()
     assert re.search(r"\| DDIM \| – \([\d.]+\) \| – \(9.990\) \|", text)
     assert "0 of 6 runs done" in text
+
+
+def test_the_sheet_of_more_cells_stays(small, results):
+    """The records of all are here, the images of one run."""
+    table = small()
+    table.make()
+    sheet, page = table.folder / "samples.png", table.folder / "report.html"
+    whole = sheet.read_bytes()
+    for (row, nfe, _), job in table.jobs.items():
+        if (row, nfe) != ("DDIM", 5):
+            shutil.rmtree(job.run.folder)
+    small().write()
+    assert sheet.read_bytes() == whole
+    assert "by every method at every NFE.<" in page.read_text()
+    Image.open(sheet).save(sheet, pnginfo=PngInfo())  # as of a version that did not say how many cells there are
+    older = sheet.read_bytes()
+    small().write()
+    assert sheet.read_bytes() == older
+    sheet.unlink()
+    small().write()
+    assert "by every method at every NFE: 1 of 4 cells, whose images were here.<" in page.read_text()
+    small().make()
+    assert sheet.read_bytes() == whole
+
+
+def test_a_run_that_cannot_be_read_is_left_out_of_the_sheet(small):
+    table = small()
+    table.make()
+    (table.jobs["DDIM", 5, 0].run.folder / "manifest.json").write_text("{")
+    (table.folder / "report.html").unlink()
+    small().write()
+    assert (table.folder / "report.html").exists()
+    assert {row: [*cells] for row, cells in samples.sample_sheets(table).items()} == {"DDIM": [6], "EVODiff": [5, 6]}
+
+
+def test_grey_stays_grey_on_the_sheet(tmp_path):
+    """No cell is stretched to black and white."""
+    grey = np.full((9, 1, 4, 4), 100, np.uint8)
+    grey[0] = 140
+    save_sample_sheet(tmp_path / "sheet.png", {"DDIM": {5: grey}})
+    counts = np.bincount(np.asarray(Image.open(tmp_path / "sheet.png").convert("L")).ravel(), minlength=256)
+    assert min(counts[100], counts[140]) > 500
+
+
+def test_a_run_without_metrics_is_a_table_too(small, capsys):
+    table = small(base=[*BASE, "protocol=none", "reference_run=null", "metrics=[fid]"])
+    assert table.make() == 0
+    assert "4 of 4 cells done; no features" in capsys.readouterr().out
+
+
+def test_a_reference_is_sampled_only_for_a_cell_that_needs_it(small):
+    table = small()
+    table.make()
+    ((_, reference),) = table.references.values()
+    shards = list(reference.folder.glob("shard-*"))
+    for shard in shards:
+        shard.unlink()
+    assert small().make() == 0
+    assert not any(shard.exists() for shard in shards)
+    (table.jobs["DDIM", 5, 0].run.folder / "score.json").unlink()
+    assert small().make() == 0
+    assert all(shard.exists() for shard in shards)
+
+
+def test_what_was_made_before_an_interruption_is_scored(small, monkeypatch):
+    table = small()
+    does, last = table_module.sample_run, table.jobs["EVODiff", 6, 0]
+
+    def interrupted(job, run):
+        if (job, run) == (last, None):
+            raise KeyboardInterrupt
+        return does(job, run)
+
+    monkeypatch.setattr(table_module, "sample_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table.make()
+    assert len(table.records) == 3
 
 
 def test_a_record_of_another_protocol_is_not_taken(small, results):
@@ -282,7 +403,7 @@ def test_a_command_makes_its_cell(small, evodiff_command):
 
 def test_what_cells_read_is_computed_first(small, results, tmp_path):
     """A searched grid and the statistics of the model; a trial does not compute them."""
-    grid, folder = tmp_path / "grid.json", tmp_path / "ems-4-8"
+    grid, folder = tmp_path / "gits_mixture.json", tmp_path / "ems-4-8"
     rows = {
         "DDIM": {"run": ["solver=ddim", "grid=file", f"grid.path={grid}"]},
         "v3": {"run": ["solver=dpm_v3", f"solver.statistics={{_target_:evodiff.ems.load,folder:{folder}}}"]},
@@ -295,10 +416,19 @@ def test_what_cells_read_is_computed_first(small, results, tmp_path):
     assert json.loads((folder / "ems.json").read_text())["samples"] == 8
 
 
+def test_a_grid_of_ones_own_that_is_not_there_is_not_invented(small, tmp_path, capsys):
+    grid = tmp_path / "mine.json"
+    table = small({"DDIM": ["solver=ddim", "grid=file", f"grid.path={grid}"]})
+    assert table.computable == [] and missing_inputs(table)[0].what == f"grid {grid}"
+    assert table.make() == 1
+    assert f"grid file {grid}: " in capsys.readouterr().err
+    assert not grid.exists()
+
+
 def test_a_launcher_computes_it_first_too_and_the_pages_are_written_also_when_a_cell_fails(
     evodiff_command, results, tmp_path
 ):
-    grid = tmp_path / "grid.json"
+    grid = tmp_path / "gits_mixture.json"
     base = "'model=mixture','protocol=none','seeds=0-15','shard=8','batch=8','metrics=[contrast]'"
     rows = ["~table.rows.DDIM", "~table.rows.EVODiff", "+table.rows.Heun=['solver=heun']"]
     rows += [f"+table.rows.Searched=['solver=ddim','grid=file','grid.path={grid}']"]

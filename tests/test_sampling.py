@@ -21,6 +21,8 @@ def test_rounding_and_truncating_bytes():
     x = torch.tensor([-1.5, -1.0, -0.9, 0.0, 0.001, 0.999, 1.0, 1.2])
     assert to_uint8(x).tolist() == [0, 0, 13, 128, 128, 255, 255, 255]
     assert to_uint8(x, "truncate").tolist() == [0, 0, 12, 127, 127, 254, 255, 255]
+    with pytest.raises(ConfigError, match="rounding=rond does not exist; possible: round, truncate"):
+        to_uint8(x, "rond")
 
 
 @pytest.mark.parametrize(

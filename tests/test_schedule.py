@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from evodiff.errors import ConfigError
 from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 
-SCHEDULES = [EDM(), Flow(), LinearVP(), CosineVP(), DiscreteVP.linear()]
+SCHEDULES = [EDM(), Flow(), LinearVP(), LinearVP(5.0, 5.0), CosineVP(), DiscreteVP.linear()]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -78,6 +78,7 @@ def test_statistics_that_are_none(refused):
     [
         (SWAPPED, f"times must fall strictly and end above 0; {TIMES[4]} is before {TIMES[3]}"),
         (PAST_ZERO, "-1.0 is before 0"),
+        ([*TIMES[:-1], 0.0], "0.0 is before 0. For a last step to 0 set denoise_final=true and leave the 0 out"),
         (VP_TIMES, "runs from 1 to 0.001, but the run from t_start=80 to t_end=0.002"),
         ([90.0, *TIMES[1:]], "starts at 90, above the schedule's 80"),
         (TIMES[:-1], "holds 9 steps, but 10 are asked for"),
@@ -170,9 +171,9 @@ def test_inversion_of_what_cannot_be_inverted(refused, of, message):
     [
         (["grid=file", "grid.path=null"], "path=None is impossible"),
         (["grid=file", "grid.path=[80,1]"], "path=[80, 1] is impossible"),
-        (["grid=karras", "grid.rho=-1"], "rho=-1 is impossible; possible: finite numbers above 0"),
-        (["grid=time_uniform", "grid.power=0"], "power=0 is impossible; possible: finite numbers above 0"),
-        (["grid=nsr", "grid.k=-1"], "k=-1 is impossible; possible: 0"),
+        (["grid=karras", "grid.rho=-1"], "rho=-1 is impossible; possible: numbers from 0.1 to 1e+06"),
+        (["grid=time_uniform", "grid.power=0"], "power=0 is impossible; possible: numbers from 0.1 to 1e+06"),
+        (["grid=nsr", "grid.k=-1"], "k=-1 is impossible; possible: numbers from 0 to 1e+06"),
         (["grid=ays_sd15", "grid.kappas=[1,2]"], "kappas must be at least two falling numbers above 0"),
         (["grid=file"], "grid.path must be given"),
     ],

@@ -169,23 +169,16 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in DETERMINISTIC if SOLVERS[name].equivariant])
-def test_vp_and_edm_agree_after_scaling(name):
-    """x / alpha on a VP schedule follows the EDM path through the same kappas."""
+OTHERS = {"evodiff, clock=t": solver_of("evodiff", clock="t"), "bdia, scaled=false": solver_of("bdia", scaled=False)}
+
+
+@pytest.mark.parametrize("name", [*BUDGETED, *OTHERS])
+def test_a_solver_says_whether_vp_and_edm_agree_after_scaling(name):
+    """x / alpha on a VP schedule follows the EDM path through the same kappas, with the same noise; or does not."""
     vp = LinearVP()
-    _, solver, grid = feasible(SOLVERS[name], 9, vp, 1.0, 1e-3)
+    _, solver, grid = feasible({**SOLVERS, **OTHERS}[name], 9, vp, 1.0, 1e-3)
     on_edm = TimeGrid.at([node.kappa for node in grid.nodes], EDM(t_start=1e4))
     x = start(vp, grid.nodes[0])
-    a = integrate(solver, gaussian(vp), x, grid) / grid.nodes[-1].alpha
-    b = integrate(solver, gaussian(EDM()), x / grid.nodes[0].alpha, on_edm)
-    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-
-
-def test_equivariance_can_fail():
-    """EVODiff with its difference weights on the clock t instead of kappa is another method on VP."""
-    with pytest.raises(AssertionError):
-        SOLVERS["evodiff_t"] = solver_of("evodiff", clock="t")
-        try:
-            test_vp_and_edm_agree_after_scaling("evodiff_t")
-        finally:
-            del SOLVERS["evodiff_t"]
+    a = integrate(solver, gaussian(vp), x, grid, SeededNoise(range(3))) / grid.nodes[-1].alpha
+    b = integrate(solver, gaussian(EDM()), x / grid.nodes[0].alpha, on_edm, SeededNoise(range(3)))
+    assert torch.allclose(a, b, rtol=1e-8, atol=1e-8) == solver.equivariant

@@ -1,6 +1,7 @@
 """Exponential integrators and the PNDM family: exactness on polynomials, and the identities between methods."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -190,6 +191,20 @@ def test_deis_tab_on_a_discrete_schedule():
     C = deis.coefficients(schedule, "tab", None, kappas, kappa_t)
     fine = lagrange_integrals([clock(k) for k in kappas], kappas[0], kappa_t, clock, 5000)
     np.testing.assert_allclose(C, fine, rtol=1e-6)
+
+
+def test_deis_on_a_schedule_that_cannot_be_hashed():
+    """Somebody's own dataclass that is not frozen."""
+
+    @dataclass
+    class Own:
+        of: LinearVP
+
+        def __getattr__(self, name):
+            return getattr(self.of, name)
+
+    out = run(DEIS(), TimeGrid(GRIDS["vp"].nodes, Own(VP)))
+    assert torch.equal(out, run(DEIS(), GRIDS["vp"]))
 
 
 def test_deis_clock_on_edm_spans_its_range():

@@ -91,6 +91,20 @@ def test_order_of_convergence(kind, order, inner):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.25)
 
 
+def test_the_smallest_budget_counts_the_final_evaluation():
+    with pytest.raises(BudgetError, match="Nearest: nfe=2"):
+        grid_for(1, DPMSolverPPSinglestep(order=3).for_budget(0), LogSNR(), EDM(), denoise_final=True)
+
+
+def test_orders_that_are_given_are_kept():
+    """For 9 evaluations for_budget alone would choose 3, 3, 2, 1."""
+    solver = DPMSolverPPSinglestep(order=3, orders=(1, 2)).for_budget(9)
+    grid = grid_for(9, solver, LogSNR(), EDM())
+    assert [solver.order_of(step.i) for step in grid.steps()] == [1, 2, 3, 3]
+    with pytest.raises(BudgetError, match="Nearest: nfe=6 or 9"):
+        grid_for(8, DPMSolverPPSinglestep(order=3, orders=(1, 2)).for_budget(8), LogSNR(), EDM())
+
+
 @pytest.mark.parametrize("orders", [(4,), (2, 0), (3,)])
 def test_orders_that_do_not_exist_are_refused(orders):
     with pytest.raises(ConfigError, match="possible: each from 1 to order=2"):

@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from evodiff.errors import ConfigError, SamplingError
-from evodiff.grid import LogSNR, TimeGrid, grid_for
+from evodiff.grid import LogSNR, TimeGrid, TimeUniform, grid_for
 from evodiff.noise import SeededNoise
 from evodiff.sampling import integrate
-from evodiff.schedule import EDM, LinearVP
+from evodiff.schedule import EDM, CosineVP, Flow, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.ddpm import DDPM
+from evodiff.solvers.dpm_solver_v3 import DPMSolverV3
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.heun import Heun
 from evodiff.solvers.probability_flow import ProbabilityFlow
 from evodiff.solvers.score_sde import EulerMaruyama, PredictorCorrector, ReverseDiffusion, drift
 from evodiff.solvers.sde_dpmpp import SDEDPMSolverPP
+from evodiff.solvers.teleport import Teleport
+from evodiff.solvers.unipc import UniPC
 
 SCHEDULES = {"edm": EDM(), "vp": LinearVP()}
 SOLVERS = {
@@ -244,6 +247,16 @@ def test_drift_is_that_of_the_sde(t):
     assert drift(EDM(), EDM().node(t)) == pytest.approx((0.0, 2 * t), rel=1e-7)
 
 
+def test_euler_maruyama_starts_at_the_last_time_of_a_cosine_and_of_a_flow():
+    """There is no time after it for a central difference, and the exact drift is infinite."""
+    for schedule, t_start in ((CosineVP(), 1.0), (Flow(), 1 - 1e-5)):
+        model = Independent(schedule)
+        grid = grid_for(400, EulerMaruyama(), TimeUniform(), schedule, t_start=t_start)
+        x = SeededNoise(range(64)).latents((1, 4, 4)).double()
+        out = integrate(EulerMaruyama(), model, x, grid, SeededNoise(range(64)))
+        assert out.std().item() == pytest.approx(STD, rel=0.15)
+
+
 def test_langevin_keeps_a_gaussian_up_to_its_step_size():
     """In d dimensions its stationary variance is v (1 + snr^2) up to 1/d: from |score|^2 = d V / v^2 and V = V'."""
     v, d, snr = STD**2 + 1.0, 4096, 0.4
@@ -316,6 +329,9 @@ def test_a_stochastic_solver_without_noise_is_refused(solver):
         (lambda: PredictorCorrector(snr=0), "snr=0.*above 0"),
         (lambda: PredictorCorrector(corrector_steps=0), "corrector_steps=0"),
         (lambda: PredictorCorrector(predictor=ProbabilityFlow()), "predictor=ProbabilityFlow"),
+        (lambda: PredictorCorrector(predictor=UniPC()), "predictor=UniPC has a corrector"),
+        (lambda: PredictorCorrector(predictor=DPMSolverV3()), "predictor=DPMSolverV3 has a corrector"),
+        (lambda: PredictorCorrector(predictor=Teleport(UniPC())), "predictor=Teleport has a corrector"),
     ],
 )
 def test_impossible_fields_are_refused(make, words):

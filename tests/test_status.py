@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -48,6 +49,17 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
     evaluations, hours = cost(t)
     assert evaluations == "8e-05 million evaluations to do"
     assert re.fullmatch(r"\S+ hours on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
+
+
+def test_records_without_images_are_told_as_such(results):
+    t = small(DDIM=["solver=ddim"])
+    t.make()
+    told = "  of {} only the records are here: `evodiff table smoke` samples their images again"
+    assert list(lines_of(t)) == ["smoke: 2 cells (2 done), 2 of 2 runs done"]
+    next(t.jobs["DDIM", 6, 0].run.folder.glob("shard-*")).unlink()
+    assert list(lines_of(t))[1:] == [told.format(1)]
+    shutil.rmtree(results / "runs")
+    assert list(lines_of(t))[1:] == [told.format(2)]
 
 
 def test_a_cell_that_lacks_a_metric_is_not_done():
@@ -152,6 +164,7 @@ def test_a_table_can_be_named_as_in_show(evodiff_command):
         (["show", "table=demos"], "usage: evodiff show"),
         (["show", "table=demo", "row=DIM"], "Did you mean DDIM?"),
         (["show", "table=demo", "row=DDIM", "nfe=6"], "no cell at nfe=6; it has 5, 8, 10, 15"),
+        (["show", "table=demo", "row=DDIM", "nfe=5,99"], "no cell at nfe=99; it has 5, 8, 10, 15"),
         (["status", "dmo"], "Did you mean demo?"),
     ],
 )

@@ -13,6 +13,7 @@ from evodiff.errors import ConfigError
 from evodiff.models.loading import scaled_linear_betas, schedule_of
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import CONFIGS
+from evodiff.runs.record import Record
 from evodiff.schedule import EDM, DiscreteVP
 from evodiff.tables.table import Table
 
@@ -95,7 +96,7 @@ def test_every_paper_table_has_its_protocol_its_seeds_and_both_orders(tables, na
     assert len(table.seeds) == 3
     seeds = [seed for span in table.seeds for seed in (span.start, span.stop - 1)]
     assert seeds == sorted(set(seeds))  # no image is in two runs of a cell
-    assert not table.proxy
+    assert not table.is_proxy(table.images)
     if job.protocol is not None:
         assert job.protocol.n == table.images
     solvers = [(c.jobs[0].run.solver["_target_"], c.jobs[0].run.solver.get("order")) for c in table.cells.values()]
@@ -132,6 +133,24 @@ def test_known_claims_stand_beside_their_cells(tables):
     assert value(tables["sd_mse"], "UniPC-2, scale 1.5", 20) == (0.002, "quoted")
     assert value(tables["celeba64"], "DDIM", 1000) == (3.51, "quoted")
     assert value(tables["ffhq64_edm"], "EDM Heun", 79) == (2.39, "secondary-note")
+
+
+def test_a_metric_of_fewer_images_is_not_the_papers(tables, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
+    table, place = tables["cifar10_edm"], ("EVODiff", 10)
+    job = table.cells[place].jobs[0]
+    record = Record(
+        **{"key": job.run.key(), "run": job.run.as_dict(), "protocol": job.protocol.describe(), "images": 50_000},
+        **{"metrics": {"fid@5000": 7.0, "fid@50000": 2.8, "is@50000": 9.9}, "asked": [*job.metrics, "curve", "is"]},
+        **{"nfe": 10, "network_passes": 10, "seconds": 1.0, "weights": {}, "shards": {}, "reference_run": None},
+        device="cpu",
+    )
+    record.write(job.run.folder / "score.json")
+    assert table.metrics == ["fid@50000", "fid@5000", "is@50000"]
+    whole, part = (table.verdicts(metric)[place] for metric in ("fid@50000", "fid@5000"))
+    assert (whole.paper.value, whole.images, whole.state) == ("2.78", 50_000, "ok")
+    assert (part.paper, part.images, part.state) == (None, 5_000, "proxy")
+    assert [table.stem(metric) for metric in table.metrics] == ["fid_vs_nfe", "fid_5000_vs_nfe", "is_vs_nfe"]
 
 
 def test_settings_that_depend_on_the_budget_are_those_of_the_scripts(tables):
@@ -182,7 +201,7 @@ def test_later_overrides_are_stronger():
 def test_a_limit_takes_the_first_images_of_each_range_and_makes_proxies():
     table = Table.of_file("celeba64", ["limit=64", "repeats=2"])
     assert {job.run.seeds for job in table.jobs.values()} == {(0, 63), (50_000, 50_063)}
-    assert table.proxy and table.name == "celeba64-64"
+    assert table.is_proxy(64) and table.name == "celeba64-64-repeats2"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +280,35 @@ def test_a_table_file_that_cannot_be_read_is_one_line(table_file, content, messa
     assert "\n" not in str(refused.value)
 
 
+def with_row(field):
+    return OWN.replace("[solver=ddim]", f"{{run: [solver=ddim], {field}}}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (OWN.replace("[model=mixture, protocol=none]", "model=mixture"), "table {name}: base: expected a list like"),
+        (OWN + "seeds: 0-31\n", "table {name}: seeds: expected a list like .*, not '0-31'"),
+        (OWN + "at: {nfe: [5], run: [t_end=0.01]}\n", "table {name}: at: expected a list like"),
+        (OWN + "at: [{nfe: 5, run: t_end=0.01}]\n", "table {name}: at: run: expected a list like"),
+        (OWN + "at: [{above: few, run: [t_end=0.01]}]\n", r"at: expected nfe \(a list\) or above \(a number\)"),
+        (OWN + "published: {source: EDM}\n", "table {name}: published: expected the name of a file"),
+        (OWN.replace("nfe: 5", "nfe: 5-8"), "table {name}: nfe: expected a list like"),
+        (with_row("at: {nfe: 5}"), "row DDIM: at: expected a list like"),
+        (with_row("published: {source: EDM}"), "row DDIM: published: expected a list like"),
+        (with_row("published: [EDM]"), "row DDIM: published: expected a list like"),
+    ],
+)
+def test_what_is_no_list_is_told_with_an_example(table_file, content, message):
+    name = table_file(content)
+    with pytest.raises(ConfigError, match=message.format(name=name)):
+        Table.of_file(name).cells  # noqa: B018
+
+
 def test_impossible_limits_and_metrics_are_refused():
+    for word in ("limit", "repeats"):
+        with pytest.raises(ConfigError, match=f"{word}=True is impossible"):
+            table_with({"A": ["solver=ddim"]}, f"{word}=true")
     with pytest.raises(ConfigError, match="limit=0 is impossible"):
         table_with({}, "limit=0")
     with pytest.raises(ConfigError, match="metric=FIDs is not known"):

@@ -137,7 +137,7 @@ def test_a_table_from_fetch_to_report(name, mirror, results, capsys):
     table = Table.from_config(cfg)
     assert table.make() == 0, capsys.readouterr().err
 
-    assert table.folder == results / "tables" / f"{name}-64"
+    assert table.folder == results / "tables" / f"{name}-64-repeats1"
     lines = list(csv.DictReader((table.folder / "table.csv").open()))
     scored = [line for line in lines if line["metric"] == "fid@64"]
     assert [line["solver"] for line in scored] == list(table.rows)

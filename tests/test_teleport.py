@@ -60,6 +60,7 @@ def test_a_base_with_its_own_steps_has_them_after_the_gaussian():
     times = grid_for(7, solver, LogSNR(), VP).nodes
     lengths = [t.lam - s.lam for s, t in itertools.pairwise(times[solver.skip :])]
     assert lengths == pytest.approx([3 * lengths[-1], 3 * lengths[-1], lengths[-1]])
+    assert Teleport(SciRESinglestep(order=3, orders=(2, 3))).for_budget(7).base.orders == (2, 3)
     plain = Teleport(DPMSolverPP(order=2)).for_budget(5)
     assert grid_for(5, plain, LogSNR(), VP).nodes == grid_for(7, DPMSolverPP(order=2), LogSNR(), VP).nodes
 
@@ -113,6 +114,28 @@ def test_statistics_from_a_file(tmp_path):
         load(str(tmp_path / "bad.npz"))
     with pytest.raises(ConfigError, match="Expected an .npz with mean"):
         load(str(tmp_path / "nowhere.npz"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.eye(4))
+
+
+def not_a_number(path):
+    np.savez(path, mean=np.zeros((1, 2, 2)), cov=np.full((4, 4), np.nan))
+
+
+@pytest.mark.parametrize("spoil", [cut, one_array, not_a_number])
+def test_a_broken_file_is_named(tmp_path, spoil):
+    path = tmp_path / "g.npz"
+    np.savez(path, mean=np.zeros((1, 2, 2)), cov=np.eye(4))
+    spoil(path)
+    with pytest.raises(ConfigError, match=rf"gaussian.path={path}: "):
+        load(str(path))
 
 
 def test_a_gaussian_of_other_images_is_refused_before_any_evaluation():

@@ -38,6 +38,15 @@ def test_a_measured_rate_replaces_a_published_one(tmp_path, monkeypatch):
     assert "ffhq64_edm" in rates[V100]
 
 
+def test_what_is_measured_here_adds_to_what_the_project_has_of_a_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
+    shipped = json.loads(throughput.SHIPPED.read_text())
+    device = next(iter(shipped))
+    throughput.measured_file().parent.mkdir()
+    throughput.measured_file().write_text(json.dumps({device: {"another": 3.0}}))
+    assert known_rates()[device].keys() >= {*shipped[device], "another"}
+
+
 def test_the_projects_own_rates_stay_where_results_are_written_elsewhere(tmp_path, monkeypatch):
     shipped = known_rates()
     monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))

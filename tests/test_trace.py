@@ -8,11 +8,15 @@ import pytest
 import torch
 from exact import SHORT_EDM, STD, VP, gaussian, grid, mixture, start
 
+from evodiff.errors import ConfigError
+from evodiff.grid import TimeUniform
 from evodiff.noise import SeededNoise
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.heun import Heun
-from evodiff.trace import exact, main, next_variance, trace
+from evodiff.solvers.pndm import PNDM
+from evodiff.solvers.time_shift import TimeShift
+from evodiff.trace import exact, main, next_variance, trace, write
 
 
 @pytest.mark.parametrize("schedule", [SHORT_EDM, VP])
@@ -74,6 +78,26 @@ def test_tracing_changes_nothing_and_counts_every_evaluation():
     assert all(row.kappa_next < row.kappa for row in rows[:-1])
     again = trace(mixture(), Heun(), g, x, SeededNoise([0, 1, 2]))
     assert [r.variance for r in rows] == [r.variance for r in again]
+
+
+@pytest.mark.parametrize("solver", [Heun(), PNDM()])
+def test_at_the_last_node_there_is_no_next_state(solver, tmp_path):
+    """Both evaluate there; PNDM in its third and last step. JSON has no infinity."""
+    rows = trace(mixture(), solver, grid(3), start(shape=(2, 3, 3)), SeededNoise([0, 1, 2]))
+    last = [row for row in rows if row.kappa == rows[-1].kappa]
+    assert all(math.isnan(row.entropy) and math.isnan(row.exact_entropy) for row in last)
+    assert all(math.isfinite(row.entropy) and math.isfinite(row.exact_entropy) for row in rows if row not in last)
+    write(tmp_path, {"it": rows})
+    kept = json.loads((tmp_path / "trace.json").read_text(), parse_constant=pytest.fail)["it"]
+    assert kept[-1]["entropy"] is None and kept[-1]["variance"] == rows[-1].variance
+
+
+def test_a_solver_that_asks_at_several_times_at_once_is_traced_for_one_image_only():
+    x = torch.linspace(1, 80, 3).double().view(3, 1, 1, 1) * start(VP, (2, 3, 3), batch=1)
+    g, solver = grid(10, VP, TimeUniform()), TimeShift(window=0.2)
+    with pytest.raises(ConfigError, match="TimeShift asks for each image at a time of its own.*one seed"):
+        trace(mixture(VP), solver, g, x, SeededNoise([0, 1, 2]))
+    assert len(trace(mixture(VP), solver, g, x[:1], SeededNoise([0]))) == 10
 
 
 def test_without_an_exact_mixture_there_are_no_exact_columns():

@@ -40,7 +40,7 @@ def record(solver="ddim", nfe=5, seed=0, **metrics):
 
 RECORDS = [record("ddim", 5), record("ddim", 5, seed=1), record("ddim", 10), record("unipc_3", 5)]
 LABELS = ["DDIM", "DDIM", "DDIM", "UniPC"]
-PUBLISHED = {"UniPC": {5: 1.5, 10: 1.0}}
+PUBLISHED = {"fid@8": {"UniPC": {5: 1.5, 10: 1.0}}, "contrast@8": {}}
 
 
 @pytest.fixture
@@ -121,7 +121,8 @@ def test_offline_files_hold_the_records_and_the_curves(results, capsys):
     table = shown["table-demo"]
     assert table["run"].job_type == "table"
     cells = table_in(table, "cells")
-    assert cells["columns"] == ["row", "nfe", "fid@8", "contrast@8", "published", "images", "images_per_second", "key"]
+    columns = ["row", "nfe", "fid@8", "contrast@8", "fid@8 (published)", "images", "images_per_second", "key"]
+    assert cells["columns"] == columns
     assert cells["data"][3] == ["UniPC", 5, 2.0, 70.0, 1.5, 8, 4.0, RECORDS[3].key]
     points = {(label, nfe): value for nfe, label, value in table_in(table, "fid_8_against_nfe_table")["data"]}
     assert points == {
@@ -141,11 +142,36 @@ def test_publishing_again_leaves_one_copy_of_each_run(results):
     assert one["run"].run_group == "mixture"
 
 
+def test_a_run_of_two_tables_has_both_as_tags(results):
+    pytest.importorskip("wandb")
+    for table in ("demo", "other"):
+        assert WandB().publish(table, RECORDS[:1], LABELS[:1])
+    one = read_back(results)[RECORDS[0].key]
+    assert one["run"].run_group == "other"
+    assert list(one["run"].tags) == ["demo", "other"]
+
+
+def test_a_copy_for_another_project_stays(results):
+    pytest.importorskip("wandb")
+    for project in ("first", "second", "second"):
+        assert WandB(project=project).publish(RECORDS[0].key, RECORDS[:1])
+    assert len(list((results / "wandb").glob(f"offline-run-*-{RECORDS[0].key}"))) == 2
+
+
 def test_curves_are_means_over_seeds_and_without_what_is_missing():
     table = as_table("demo", [*RECORDS, record("ddim", 20, **{"is@8": 3.0})], [*LABELS, "DDIM"], {})
     assert table["curves"]["fid@8"] == {"DDIM": [[5, 10], [2.5, 1.0]], "UniPC": [[5], [2.0]]}
     assert table["curves"]["is@8"] == {"DDIM": [[20], [3.0]]}
     assert table["lines"][-1][2:5] == [None, None, 3.0]
+
+
+def test_papers_stand_beside_the_metric_they_report():
+    both = record("ddim", 5, **{"is@8": 3.0, "fid@8": 2.0})
+    table = as_table("demo", [both], ["DDIM"], {"is@8": {"DDIM": {}}, "fid@8": {"DDIM": {5: 1.5}}})
+    assert table["curves"]["is@8"] == {"DDIM": [[5], [3.0]]}
+    assert table["curves"]["fid@8"] == {"DDIM": [[5], [2.0]], "DDIM (published)": [[5], [1.5]]}
+    assert table["columns"][2:5] == ["is@8", "fid@8", "fid@8 (published)"]
+    assert table["lines"][0][2:5] == [3.0, 2.0, 1.5]
 
 
 FAKES = {
@@ -213,11 +239,18 @@ def test_a_report_is_defined_where_wandb_workspaces_is_installed():
     made = report({"project": "evodiff", "entity": "someone"}, table)
     assert made.title == "evodiff: demo"
     assert len(made.blocks) == 3
+    assert made.blocks[2].runsets[0].filters == "Tags() in ['demo'] and JobType != 'table'"
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="tracker.mode=ofline does not exist; possible: offline, online, disabled"):
         WandB(mode="ofline")
+
+
+@pytest.mark.parametrize("timeout", ["abc", 0, -1, True, None, float("nan"), float("inf")])
+def test_an_impossible_timeout_is_refused_before_anything_is_made(timeout):
+    with pytest.raises(ConfigError, match=f"tracker.timeout={timeout} is impossible: expected a number of seconds"):
+        WandB(timeout=timeout)
 
 
 def test_push_without_a_table_says_how(evodiff_command):

@@ -23,11 +23,12 @@ from evodiff.compat import import_torchvision
 from evodiff.denoiser import Clipped, DynamicThreshold
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
-from evodiff.interop import images
+from evodiff.interop import ending, images
 from evodiff.interop.process import VP, Straight, process_of, translated
 from evodiff.interop.timesteps import Nodes, choose_nodes
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver
+from evodiff.solvers.time_shift import TimeShift
 
 import_torchvision()  # diffusers imports it, and beside a CPU build of torch it fails without this
 try:
@@ -122,12 +123,12 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         check_choice("timestep_spacing", timestep_spacing, ("linspace", "leading", "trailing"))
         check_choice("final_sigmas_type", final_sigmas_type, ("sigma_min", "zero"))
         self.process = process_of(self.config)
-        fields = dict(solver_fields or {})
+        self._fields = fields = dict(solver_fields or {})
         if self.config["solver"] == "evodiff" and isinstance(self.process, Straight):
             # kappa falls a hundredfold in the first step of a flow, and the balanced differences follow it: five
             # uniform steps of the shipped digits end at a root mean square error of 3.3, with plain differences at 0.2
             fields.setdefault("balance", False)
-        self.solver = one_evaluation(self.config["solver"], **fields)
+        self._solver = one_evaluation(self.config["solver"], **fields)
         self.init_noise_sigma = self.process.init_noise_sigma
         if isinstance(self.process, VP):
             log_alphas = torch.tensor(self.process.schedule.log_alphas, dtype=torch.float64)
@@ -138,7 +139,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
         first, last = (self.process.timestep(t) for t in (self.process.schedule.t_start, self.process.schedule.t_end))
         self.timesteps = torch.linspace(first, last, num_train_timesteps)
         self.num_inference_steps: int | None = None
-        self._restart(Nodes((), to_zero=False))
+        self._restart(Nodes((), to_zero=final_sigmas_type == "zero"))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -189,6 +190,7 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     def _restart(self, nodes: Nodes) -> None:
         self._nodes = nodes
+        self.solver = ending(self._solver, self._fields, nodes.to_zero)
         self._step_index = None
         self._begin_index = None
         self._grid: TimeGrid | None = None
@@ -286,7 +288,8 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 class EVODiffScheduler(SolverScheduler):
     """EVODiff (arXiv 2509.26096) as a scheduler; `solver_fields` are those of evodiff.solvers.evodiff.EVODiff.
 
-    On flows `balance` is false unless it is given: the released rule is made for EDM's noise levels.
+    On flows `balance` is false unless it is given: the released rule is made for EDM's noise levels. Where the last
+    evaluation is the result `final` is euler unless it is given: the released one is for the end of a run.
     """
 
     fixed_solver = "evodiff"
@@ -304,10 +307,11 @@ class GeneratorNoise:
 def one_evaluation(name: str, **fields: Any) -> Solver:
     """The solver of a name. Raises ConfigError if it needs other evaluations than the pipeline's one per step."""
     solver = named_solver(name, **fields)
-    if solver.adaptive or any(solver.evaluations(n) != n for n in range(1, 7)):
+    shifts = isinstance(solver, TimeShift) and solver.window > 0
+    if solver.adaptive or shifts or any(solver.evaluations(n) != n for n in range(1, 7)):
         raise ConfigError(
-            f"solver={name} does not evaluate the network exactly once per step, as a scheduler must; possible: "
-            f"multistep solvers like evodiff, dpmpp_2m, unipc_3, deis_tab3."
+            f"solver={name} does not evaluate the network exactly once per step, at the step's own time, as a "
+            f"scheduler must; possible: multistep solvers like evodiff, dpmpp_2m, unipc_3, deis_tab3."
         )
     return solver
 

@@ -21,7 +21,7 @@ from evodiff.config import choices
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
-from evodiff.interop import images
+from evodiff.interop import ending, images
 from evodiff.noise import Noise
 from evodiff.progress import progress
 from evodiff.sampling import integrate
@@ -49,9 +49,9 @@ def sample(
     """From x [B, C, ...] at sigmas[0] to sigmas[-1], one step between each two of `sigmas` [n + 1], which fall.
 
     Where the last sigma is 0, the last step is one evaluation, the denoised image itself. `callback` is called once in
-    each step, with x, i, sigma, sigma_hat and denoised. `disable` leaves the progress bar out. Computed in float32 at
-    least, returned in the dtype of x. An adaptive solver goes from the first sigma to the last above 0 in steps of its
-    own. Raises ConfigError for sigmas that do not fall.
+    each step, with x, i, sigma, sigma_hat (that of the network: above sigma with churn) and denoised. `disable` leaves
+    the progress bar out. Computed in float32 at least, returned in the dtype of x. An adaptive solver goes from the
+    first sigma to the last above 0 in steps of its own. Raises ConfigError for sigmas that do not fall.
     """
     times = [float(sigma) for sigma in sigmas]
     if len(times) < 2 or min(times[:-1], default=0) <= 0 or times[-1] < 0:
@@ -79,7 +79,8 @@ def sample(
 def sampler(name: str, **fields: Any) -> Callable[..., Tensor]:
     """`sample_<name>(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None, **fields)`.
 
-    `fields` are those of the solver; those given in the call come after those given here. Raises ConfigError.
+    `fields` are those of the solver; those given in the call come after those given here. Where the last sigma is 0
+    EVODiff's `final` is euler unless it is given (`evodiff.interop.ending`). Raises ConfigError.
     """
     named_solver(name, **fields)
 
@@ -93,7 +94,8 @@ def sampler(name: str, **fields: Any) -> Callable[..., Tensor]:
         noise_sampler: NoiseSampler | None = None,
         **others: Any,
     ) -> Tensor:
-        solver = named_solver(name, **{**fields, **others})
+        given = {**fields, **others}
+        solver = ending(named_solver(name, **given), given, to_zero=0 in sigmas[-1:])
         return sample(solver, model, x, sigmas, extra_args, callback, disable, noise_sampler)
 
     sample_named.__name__ = sample_named.__qualname__ = f"sample_{name}"
@@ -142,7 +144,7 @@ class _Model:
         if not self.announced:
             self.announced = True
             if self.callback is not None:
-                sigma = {"sigma": self.sigma, "sigma_hat": self.sigma}
+                sigma = {"sigma": self.sigma, "sigma_hat": self.like.new_tensor(node.sigma)}
                 self.callback({"x": state, "i": self.step, **sigma, "denoised": denoised})
             if self.advance is not None:
                 self.advance(1)

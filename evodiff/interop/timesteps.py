@@ -93,8 +93,15 @@ def check_trained(process: Process, timesteps: Sequence[float]) -> None:
 
 
 def with_end(process: Process, times: list[float], to_zero: bool) -> list[float]:
-    """Times of the evaluations, and unless the last one is the result, the end of the schedule."""
-    return times if to_zero else [*times, process.schedule.t_end]
+    """Times of the evaluations, and unless the last one is the result, the end of the schedule. Raises ConfigError."""
+    end = process.schedule.t_end
+    if times and times[-1] <= end and not to_zero:
+        raise ConfigError(
+            f"the last evaluation, at timestep {process.timestep(times[-1]):.6g}, is no earlier than the end of the "
+            f'last step, {process.timestep(end):.6g}: leave it out, or set final_sigmas_type="zero", with which it is '
+            f"the result."
+        )
+    return times if to_zero else [*times, end]
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def _foreign(path: Path, file: Mapping[str, np.ndarray]) -> Reference:
 def _open(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     """The arrays of an npz, each read when asked for (ADM's hold gigabytes of images), or of torch-fidelity's .pt."""
     if path.is_dir():
-        raise MetricError(f"{path} is a folder, not statistics: `evodiff stats build {path} --protocol NAME` makes them")
+        raise MetricError(
+            f"{path} is a folder, not statistics: `evodiff stats build {path} --protocol NAME` makes them"
+        )
     if not path.is_file():
         raise MetricError(f"there is no reference file {path}; build, convert or fetch it first")
     try:

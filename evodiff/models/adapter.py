@@ -47,7 +47,7 @@ class DiscreteTime:
         if not -1e-6 <= label <= last + 1e-6:
             raise SamplingError(
                 f"t={node.t:.6g} is outside the times {1 / self.num_timesteps:.6g} to 1 of this model. "
-                f"Set t_start and t_end within its own range."
+                f"Set t_start and t_end within its own range; where churn (S_churn) goes beyond it, a lower S_max."
             )
         label = min(max(label, 0.0), last)
         return float(round(label)) if self.whole else label

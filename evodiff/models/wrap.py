@@ -193,8 +193,8 @@ def _check(wrapped: Pretrained, predicts: str, null_label: int | None) -> None:
     if not isinstance(told, Real):
         raise ConfigError(f"wrap: label gives {told!r} for the first time; expected a number")
     advice = (
-        f"Check predicts={predicts}, schedule, label and data_range; check=False (+model.check=false on a command line) "
-        "leaves this test out."
+        f"Check predicts={predicts}, schedule, label and data_range; check=False (+model.check=false on a command "
+        "line) leaves this test out."
     )
     for node in (first, middle, last):
         D = denoise(node.alpha * clean + node.sigma * noise, node)

@@ -70,6 +70,8 @@ def _make_shards(
 ) -> None:
     """Those of the missing shards that no other process works on; `read` is what files_read found."""
     solver, grid = run.plan(model)
+    if solver.caveat:
+        print(f"{run.key()}: {solver.caveat}; configs/solver/{run.solver['name']}.yaml says more", file=sys.stderr)
     files = {**read, **model.files}
     store.check_files(files, unnoted=read)
     write_yaml(run.folder / "run.yaml", run.as_dict())
@@ -138,7 +140,7 @@ def sample_batches(
         generated = generate_as(run, drawing, denoiser_for(run, model, labels), solver, grid, batch, noise)
         # not a view of the state, which would stay on the device for as long as the shard is made
         x = generated.x.float().cpu() if job.keeps_states else torch.empty(0)
-        yield replace(generated, x=x, images=generated.images.cpu())
+        yield replace(generated, x=x, images=generated.images.cpu(), labels=labels)
 
 
 def generate_as(
@@ -206,6 +208,8 @@ def shard_of(
     images = np.concatenate([batch.images.numpy() for batch in batches])
     if job.save not in FEATURES_ONLY:
         arrays["images"] = images
+    if labels := [batch.labels.numpy() for batch in batches if batch.labels is not None]:
+        arrays["labels"] = np.concatenate(labels)
     if job.keeps_states:
         arrays["x"] = np.concatenate([batch.x.numpy() for batch in batches])
     if job.save == "grid" and (kept := PREVIEW - (seeds.start - run.seeds[0])) > 0:

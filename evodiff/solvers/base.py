@@ -44,6 +44,16 @@ class Solver(ABC):
         return True
 
     @property
+    def caveat(self) -> str:
+        """What it lacks, as it is set, to be the method of its paper; empty for most."""
+        return ""
+
+    @property
+    def corrects(self) -> bool:
+        """The next step rebuilds the arrival of this one: what another method does to it in between is undone."""
+        return False
+
+    @property
     @abstractmethod
     def global_order(self) -> float:
         """Order of convergence p: the error on N steps falls like N^-p. The order test holds the solver to it."""
@@ -102,6 +112,10 @@ class Multistep(Solver):
     def __post_init__(self) -> None:
         check_known(self, "order", self.orders)
         super().__post_init__()
+
+    @property
+    def corrects(self) -> bool:
+        return type(self).correct is not Multistep.correct
 
     @property
     def memory(self) -> int:

@@ -32,6 +32,10 @@ class DDPM(Solver):
         return True
 
     @property
+    def equivariant(self) -> bool:
+        return self.variance == "small"  # beta is that of x, not of x / alpha
+
+    @property
     def global_order(self) -> float:
         return 1
 

@@ -63,8 +63,18 @@ class DEIS(Multistep):
         seen = past[::-1][: self.order_at(step)]
         kappas = tuple(p.node.kappa for p in seen)
         schedule: Any = step.grid.schedule
-        C = coefficients(schedule, self.variant, self.quadrature, kappas, t.kappa)
+        kept = coefficients if hashable(schedule) else coefficients.__wrapped__
+        C = kept(schedule, self.variant, self.quadrature, kappas, t.kappa)
         return combine((t.alpha / s.alpha, past[-1].x), *((t.alpha * C_j, p.m) for C_j, p in zip(C, seen, strict=True)))
+
+
+def hashable(schedule: NoiseSchedule) -> bool:
+    """Somebody's own may not be: one that can be changed, or that holds an array."""
+    try:
+        hash(schedule)
+    except TypeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=256)

@@ -94,8 +94,17 @@ class DPMSolverV3(Multistep):
     c_pseudo: bool = False
 
     @property
+    def caveat(self) -> str:
+        without = "solver.statistics=null, so l = 1 and s = b = 0: not the DPM-Solver-v3 of its paper"
+        return "" if self.statistics else without
+
+    @property
     def global_order(self) -> float:
         return 2 if self.order > 1 or (self.use_corrector and self.c_pseudo) else 1
+
+    @property
+    def corrects(self) -> bool:
+        return self.use_corrector
 
     @cached_property
     def weights(self) -> Callable[..., Weights]:

@@ -12,7 +12,13 @@ from evodiff.errors import ConfigError
 
 def refuse(solver: Any, name: str, possible: str, why: str = "is impossible") -> NoReturn:
     """Raises ConfigError for the value that field `name` has."""
-    raise ConfigError(f"{type(solver).__name__}: {name}={getattr(solver, name)!r} {why}; possible: {possible}")
+    raise ConfigError(f"{type(solver).__name__}: {name}={shown(getattr(solver, name))} {why}; possible: {possible}")
+
+
+def shown(value: Any) -> str:
+    """What a message says was given: all of it where that is short, else its kind, for it may hold whole images."""
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"<{type(value).__name__}>"
 
 
 def check_known(solver: Any, name: str, known: Sequence[Any], possible: str | None = None) -> None:

@@ -40,8 +40,7 @@ class HeavyBall(Solver):
         name = type(self.base).__name__
         if not isinstance(self.base, Multistep) or self.base.stochastic:
             raise ConfigError(f"HeavyBall: base={name} is no deterministic multistep solver; possible: like dpmpp_2m")
-        corrector = getattr(self.base, "corrector", getattr(self.base, "use_corrector", True))
-        if type(self.base).correct is not Multistep.correct and corrector:
+        if self.base.corrects:
             raise ConfigError(f"HeavyBall: base={name} has a corrector, which would undo the momentum; turn it off")
 
     @property

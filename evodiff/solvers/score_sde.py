@@ -1,7 +1,9 @@
 """The samplers of Score-SDE (Song et al., arXiv 2011.13456): predictors of the reverse SDE, and Langevin correction.
 
-Weak order 1. One evaluation per predictor step, one more per corrector step. The score is (alpha D - x) / sigma^2.
-`final_mean` leaves the noise of the last step out (the released code's `denoise`), at no evaluation.
+Weak order 1 for the predictors. With a corrector there is none: Langevin steps of a fixed `snr` keep a bias however
+small the predictor's steps are (`verify/orders.py` measures none). One evaluation per predictor step, one more per
+corrector step. The score is (alpha D - x) / sigma^2. `final_mean` leaves the noise of the last step out (the released
+code's `denoise`), at no evaluation.
 """
 
 import math
@@ -29,12 +31,17 @@ def score(denoise: Denoiser, x: Tensor, node: Node) -> Tensor:
 def drift(schedule: NoiseSchedule, node: Node) -> tuple[float, float]:
     """f = d log alpha / dt and g^2 = -2 sigma^2 d lam / dt of the SDE dx = f x dt + g dw, by central differences.
 
-    Relative error some 1e-9 on smooth schedules; on discrete ones the mean of the slopes on both sides of a kink.
+    Relative error some 1e-9 on smooth schedules; on discrete ones the mean of the slopes on both sides of a kink. At a
+    time after which the schedule has none (t = 1 of a cosine or a flow) the difference is one-sided.
     """
     d = 1e-4 * node.t
-    early, late = schedule.node(node.t - d), schedule.node(node.t + d)
-    f = math.log(late.alpha / early.alpha) / (2 * d)
-    return f, -2 * node.sigma**2 * (late.lam - early.lam) / (2 * d)
+    early = schedule.node(node.t - d)
+    try:
+        late, span = schedule.node(node.t + d), 2 * d
+    except (ValueError, ConfigError):
+        late, span = node, d
+    f = math.log(late.alpha / early.alpha) / span
+    return f, -2 * node.sigma**2 * (late.lam - early.lam) / span
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Predictor(Solver):
     @property
     def stochastic(self) -> bool:
         return True
+
+    @property
+    def equivariant(self) -> bool:
+        return False  # x / alpha takes other steps than on EDM
 
     @property
     def global_order(self) -> float:
@@ -104,11 +115,20 @@ class PredictorCorrector(Solver):
                 f"PredictorCorrector: predictor={type(self.predictor).__name__} does not step along a grid; possible: "
                 f"a solver, like evodiff.solvers.score_sde.ReverseDiffusion, or null"
             )
+        if self.predictor is not None and self.predictor.corrects:
+            raise ConfigError(
+                f"PredictorCorrector: predictor={type(self.predictor).__name__} has a corrector, which would undo the "
+                f"Langevin steps; turn it off"
+            )
         super().__post_init__()
 
     @property
     def stochastic(self) -> bool:
         return True
+
+    @property
+    def equivariant(self) -> bool:
+        return False  # the corrector's step is in alpha_s / alpha_t
 
     @property
     def global_order(self) -> float:

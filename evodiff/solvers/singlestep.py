@@ -25,7 +25,7 @@ from evodiff.solvers.linear import combine
 class Singlestep(Solver):
     """A step of order k spends k evaluations and spans k intervals of the spacing, as in the released codes.
 
-    `orders`: the order of each step, up to `order`, by `for_budget`; without, all are of `order`.
+    `orders`: the order of each step, up to `order`; steps beyond the list are of `order`. Null: `for_budget` chooses.
     """
 
     order: int = 2
@@ -41,7 +41,7 @@ class Singlestep(Solver):
             object.__setattr__(self, "orders", tuple(self.orders))
 
     def for_budget(self, nfe: int) -> Solver:
-        return replace(self, orders=order_schedule(self.order, nfe))
+        return replace(self, orders=order_schedule(self.order, max(nfe, 1))) if self.orders is None else self
 
     def evaluations(self, steps: int) -> int:
         return sum(self.order_of(i) for i in range(steps))

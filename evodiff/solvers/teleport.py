@@ -81,12 +81,20 @@ class Teleport(Solver):
             )
 
     @property
+    def caveat(self) -> str:
+        return "" if self.gaussian else "solver.gaussian=null, so mean 0 and std 0.5: not the data's, as in its paper"
+
+    @property
     def stochastic(self) -> bool:
         return self.base.stochastic
 
     @property
     def equivariant(self) -> bool:  # type: ignore[override]
         return self.base.equivariant
+
+    @property
+    def corrects(self) -> bool:
+        return self.base.corrects
 
     @property
     def global_order(self) -> float:

@@ -43,6 +43,10 @@ class UniPC(Multistep):
         return PREDICTIONS[self.prediction]
 
     @property
+    def corrects(self) -> bool:
+        return self.corrector
+
+    @property
     def global_order(self) -> float:
         return self.order + self.corrector
 
@@ -68,9 +72,7 @@ class UniC(Multistep):
             raise ConfigError(
                 f"UniC: base={name} is no deterministic multistep solver; possible: like DPMSolverPP, DEIS"
             )
-        predictor_only = isinstance(self.base, UniPC) and not self.base.corrector
-        corrects = type(self.base).correct is not Multistep.correct and not predictor_only
-        if corrects or type(self.base).step is not Multistep.step:
+        if self.base.corrects or type(self.base).step is not Multistep.step:
             raise ConfigError(
                 f"UniC: base={name} has its own corrector or step; possible: like DPMSolverPP, DEIS, IPNDM"
             )

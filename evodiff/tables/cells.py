@@ -30,7 +30,11 @@ class Row:
         if not isinstance(fields.get("run"), Sequence) or isinstance(fields["run"], str):
             raise ConfigError(f"row {name}: expected a list of overrides like [solver=ddim], not {fields.get('run')!r}")
         own = tuple(fields.get("at") or ())
-        wrong = [entry for entry in (*at, *own) if entry.keys() not in ({"nfe", "run"}, {"above", "run"})]
+        wrong = [
+            entry
+            for entry in (*at, *own)
+            if entry.keys() not in ({"nfe", "run"}, {"above", "run"}) or type(entry.get("above", 0)) not in (int, float)
+        ]
         if wrong:
             raise ConfigError(f"row {name}: at: expected nfe (a list) or above (a number), and run, not {wrong[0]}")
         budgets, papers = tuple(fields.get("nfe") or nfe), tuple(fields.get("published") or ())

@@ -11,6 +11,15 @@ from evodiff.tables.cells import Row
 KEYS = ("name", "title", "base", "rows", "nfe", "seeds", "at", "published", "metric")
 PAPER_METRICS = {"FID": "fid", "IS": "is", "latent MSE": "mse"}
 """A paper's name of a metric, and ours before the @."""
+LISTS: dict[str, tuple[tuple[type, ...], str]] = {
+    "base": ((str,), "[model=mnist_tiny, nfe=10]"),
+    "run": ((str,), "[solver=ddim]"),
+    "nfe": ((int,), "[5, 10]"),
+    "seeds": ((str, int), "[0-999, 1000-1999]"),
+    "at": ((dict,), "[{nfe: [5], run: [t_end=0.01]}]"),
+    "published": ((dict,), "[{source: EDM, method: Heun}]"),
+}
+"""What a list may hold, and an example."""
 
 
 def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[range, ...]]:
@@ -24,16 +33,21 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[rang
         raise ConfigError(f"table {name}: {', '.join(unknown)} is no key; possible: {', '.join(KEYS)}")
     if missing := [key for key in ("title", "base", "rows", "nfe") if content.get(key) is None]:
         raise ConfigError(f"table {name} lacks {', '.join(missing)}: give it in its file in configs/table")
+    if not isinstance(content.get("published"), str | None):
+        raise ConfigError(
+            f"table {name}: published: expected the name of a file of results/published, like cifar10_edm, not "
+            f"{content['published']!r}; what describes a row's numbers stands in the row"
+        )
     for key in ("limit", "repeats"):
-        if cfg[key] is not None and (not isinstance(cfg[key], int) or cfg[key] < 1):
+        if cfg[key] is not None and (type(cfg[key]) is not int or cfg[key] < 1):
             raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
     if (metric := content.get("metric")) is not None and metric not in PAPER_METRICS:
         raise ConfigError(f"metric={metric} is not known; possible: {', '.join(PAPER_METRICS)}.")
-    ranges = content.get("seeds") or ()
+    rows, ranges = _rows(content), content.get("seeds") or ()
     if (cfg.repeats or 1) > max(len(ranges), 1):
         many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
         raise ConfigError(f"repeats={cfg.repeats} is impossible: the table has {many}. Ask for fewer, or add seeds.")
-    return content, _rows(content), tuple(parse_range(text) for text in ranges[: cfg.repeats])
+    return content, rows, tuple(parse_range(text) for text in ranges[: cfg.repeats])
 
 
 def _rows(content: dict[str, Any]) -> dict[str, Row]:
@@ -42,8 +56,20 @@ def _rows(content: dict[str, Any]) -> dict[str, Row]:
         raise ConfigError(
             f"table {content['name']} has no rows, or no nfe: give rows: {{NAME: [override, ...]}}, nfe: [5]"
         )
-    whole = [fields for fields in (content, *rows.values()) if isinstance(fields, dict)]
-    for fields in (*whole, *(at for part in whole for at in part.get("at") or ())):
-        if isinstance(fields.get("nfe"), int):
-            fields["nfe"] = [fields["nfe"]]
+    _check_lists(f"table {content['name']}", content, "base", "nfe", "seeds", "at")
+    for name, fields in rows.items():
+        if isinstance(fields, dict):
+            _check_lists(f"row {name}", fields, "nfe", "at", "published")
     return {name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in rows.items()}
+
+
+def _check_lists(where: str, fields: dict[str, Any], *keys: str) -> None:
+    """Raise ConfigError for what is no list of what it may hold; one number for nfe becomes a list."""
+    if type(fields.get("nfe")) is int:
+        fields["nfe"] = [fields["nfe"]]
+    for key in keys:
+        (kinds, example), value = LISTS[key], fields.get(key)
+        if value is not None and not (isinstance(value, list) and all(type(entry) in kinds for entry in value)):
+            raise ConfigError(f"{where}: {key}: expected a list like {example}, not {value!r}")
+    for entry in (fields.get("at") or ()) if "at" in keys else ():
+        _check_lists(f"{where}: at", entry, "nfe", "run")

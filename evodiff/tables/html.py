@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evodiff.tables import samples
 from evodiff.tables.chart import CHART_CSS, CHART_JS, chart
 from evodiff.tables.published import STATES, Verdict
 from evodiff.tables.text import best, commands, footer, ours_and_paper, show
@@ -46,7 +47,8 @@ def page(table: "Table") -> str:
     blocks = [f"<h1>{_text(table.title)}</h1>", f"<p>{_inline(footer(table))}</p>", _states(table)]
     for metric in table.metrics:
         blocks += _metric(table, metric)
-    blocks += _picture(table.folder / "samples.png", "Samples", "The same nine seeds by every method at every NFE.")
+    sheet = table.folder / "samples.png"
+    blocks += _picture(sheet, "Samples", samples.caption(sheet, table))
     blocks += _picture(
         table.folder / "trajectories.png",
         "Trajectories",

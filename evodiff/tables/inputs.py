@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evodiff.paths import ROOT, resolve
@@ -47,8 +48,12 @@ def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
             argv = ("stats", "ems", *model, f"nodes={size[1]}", f"samples={size[2]}", *end, f"out={ROOT / folder}")
             yield Missing(what, _command(argv), argv)
     if run.grid["name"] == "file" and not resolve(run.grid["path"]).exists():
-        argv = ("gits", *model, "steps=4-25", f"out={run.grid['path']}")
-        yield Missing(f"grid {run.grid['path']}", _command(argv), argv)
+        what, searched = f"grid {run.grid['path']}", f"gits_{run.model['name']}.json"
+        if Path(run.grid["path"]).name == searched:
+            argv = ("gits", *model, "steps=4-25", f"out={run.grid['path']}")
+            yield Missing(what, _command(argv), argv)
+        else:  # under a mistyped name of someone's own grid nothing is to be invented
+            yield Missing(what, f"a JSON file of times; a table computes only what is called {searched}")
     if (prompts := run.model.get("prompts")) and not resolve(prompts).exists():
         yield Missing(f"prompts {prompts}", "a text file with one prompt per line")
     pipeline = str(run.model.get("pipeline", ""))

@@ -3,20 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from evodiff.errors import EvodiffError, StoreError
 from evodiff.files import whole_file
-from evodiff.plots import save_curves, save_sample_sheet
-from evodiff.runs.job import store_of
+from evodiff.plots import save_curves
 from evodiff.runs.record import Record
-from evodiff.tables import html, text, trajectory
+from evodiff.tables import html, samples, text, trajectory
 
 if TYPE_CHECKING:
     from evodiff.tables.table import Table
-
-SHOWN = (5, 6, 8, 10, 12, 15, 20, 25)
-"""NFE of the sample sheet, where a table has many."""
 
 
 def write(table: "Table") -> None:
@@ -30,8 +24,7 @@ def write(table: "Table") -> None:
     for metric in table.metrics:
         paths = [table.folder / f"{table.stem(metric)}.{kind}" for kind in ("png", "svg")]
         save_curves(paths, table.curves(metric), metric, table.levels(metric), title=f"{metric} against NFE")
-    if sheets := sample_sheets(table):
-        save_sample_sheet(table.folder / "samples.png", sheets)
+    samples.save_sheet(table.folder / "samples.png", table)
     trajectory.save_sheet(table.folder / "trajectories.png", table)
     _write(table, "report.html", html.page(table))
 
@@ -53,19 +46,6 @@ def _copied(copy: Path) -> Record | None:
         return Record.read(copy)
     except StoreError:
         return None
-
-
-def sample_sheets(table: "Table") -> dict[str, dict[int, np.ndarray]]:
-    """Row -> NFE -> the first nine images of each cell whose shards are here."""
-    sheets: dict[str, dict[int, np.ndarray]] = {}
-    shown = table.nfe if len(table.nfe) <= 8 else [n for n in table.nfe if n in SHOWN]
-    for cell in table.cells.values():
-        job = cell.jobs[0]
-        if cell.nfe in shown and job.run.folder.exists() and not (store := store_of(job)).missing():
-            first = store.first(9)
-            if len(first) == 9:
-                sheets.setdefault(cell.row, {})[cell.nfe] = first
-    return sheets
 
 
 def _write(table: "Table", name: str, content: str) -> None:

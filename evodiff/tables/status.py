@@ -12,8 +12,9 @@ from functools import partial
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, nearest
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, StoreError
 from evodiff.paths import ROOT
+from evodiff.runs.job import Job, store_of
 from evodiff.runs.run import Run
 from evodiff.tables.inputs import missing_inputs
 from evodiff.tables.published import STATES
@@ -53,6 +54,8 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
         states["missing"] = len(table.cells)
     counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
     yield f"{table.config}: {len(table.cells)} cells ({counts}), {done} of {len(table.jobs)} runs done"
+    if imageless := sum(not has_images(table.jobs[place]) for place in table.records):
+        yield f"  of {imageless} only the records are here: `evodiff table {table.config}` samples their images again"
     lacking = list(missing_files(table))
     if done < len(table.jobs):
         if details or len(lacking) < 2:
@@ -62,6 +65,15 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
         yield from (f"  {line}" for line in cost(table))
         if not lacking:
             yield f"  nothing else is needed: `make table-{table.config}`"
+
+
+def has_images(job: Job) -> bool:
+    """Whether the shards of a run are in its folder; they are not read."""
+    try:
+        shards = store_of(job).shards
+    except StoreError:
+        return False
+    return bool(shards) and all((job.run.folder / shard.file).exists() for shard in shards)
 
 
 def missing_files(table: Table) -> Iterator[str]:
@@ -128,7 +140,6 @@ def show_main(argv: list[str]) -> int:
     """`evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]`: the commands of cells, or the rows there are."""
     given = dict(arg.partition("=")[::2] for arg in argv)
     name, row, nfe = given.pop("table", ""), given.pop("row", None), given.pop("nfe", None)
-    wanted = nfe.split(",") if nfe is not None else None
     if name not in choices("table"):
         raise ConfigError(f"usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [limit=N]. Tables: {names()}.")
     table = Table.of_file(name, [f"{k}={v}" for k, v in given.items()])
@@ -138,10 +149,11 @@ def show_main(argv: list[str]) -> int:
         return 0
     if row not in table.rows:
         raise ConfigError(f"row={row} is not in table {name}.{nearest(row, table.rows)} Rows: {'; '.join(table.rows)}.")
-    cells = [cell for cell in table.cells.values() if cell.row == row and (wanted is None or str(cell.nfe) in wanted)]
-    if not cells:
-        has = ", ".join(str(n) for n in table.rows[row].nfe)
-        raise ConfigError(f"row {row} of table {name} has no cell at nfe={nfe}; it has {has}.")
-    for cell in cells:
+    cells = {str(cell.nfe): cell for cell in table.cells.values() if cell.row == row}
+    wanted = nfe.split(",") if nfe is not None else list(cells)
+    if absent := [n for n in wanted if n not in cells]:
+        has = ", ".join(cells)
+        raise ConfigError(f"row {row} of table {name} has no cell at nfe={','.join(absent)}; it has {has}.")
+    for cell in (cells[n] for n in wanted):
         print(*(f"# {p.value}: {p.cite} ({p.confidence})" for p in cell.papers), *commands(table, cell), sep="\n")
     return 0

@@ -21,7 +21,7 @@ from evodiff.runs.job import Job
 from evodiff.runs.record import Record
 from evodiff.runs.run import Run
 from evodiff.runs.sample import sample_run
-from evodiff.runs.score import check_scorable, score_run
+from evodiff.runs.score import check_scorable, current_record, score_run
 from evodiff.tables import inputs, pages, text, trajectory
 from evodiff.tables.cells import Cell, Row, with_seeds
 from evodiff.tables.content import PAPER_METRICS, checked
@@ -42,6 +42,8 @@ class Table:
     device: str = "auto"
     seeds: tuple[range, ...] = ()
     limit: int | None = None
+    repeats: int | None = None
+    """How many ranges of seeds, where these are not all."""
     published: str | None = None
     metric: str | None = None
 
@@ -60,13 +62,20 @@ class Table:
     def from_config(cls, cfg: DictConfig) -> "Table":
         """Raises ConfigError for what is no table."""
         content, rows, seeds = checked(cfg)
-        where = (cfg.device, seeds, cfg.limit, content.get("published"), content.get("metric"))
+        repeats = cfg.repeats if len(seeds) < len(content.get("seeds") or ()) else None
+        where = (cfg.device, seeds, cfg.limit, repeats, content.get("published"), content.get("metric"))
         return cls(content["name"], content["title"], content["base"], rows, build(cfg.tracker), *where)
 
     @property
     def name(self) -> str:
-        """A trial has pages of its own."""
-        return self.config if self.limit is None else f"{self.config}-{self.limit}"
+        """A trial has pages of its own, and so has a part of the seeds."""
+        trial = "" if self.limit is None else f"-{self.limit}"
+        return self.config + trial + ("" if self.repeats is None else f"-repeats{self.repeats}")
+
+    @property
+    def part(self) -> dict[str, int]:
+        """The overrides that make it less than the table of its file."""
+        return {key: n for key, n in (("limit", self.limit), ("repeats", self.repeats)) if n is not None}
 
     @property
     def nfe(self) -> list[int]:
@@ -131,17 +140,17 @@ class Table:
         """Sample and score what is missing, picture a trajectory of each method, write the pages and print the table.
 
         A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1. What
-        cells read and can be computed is made first, and what cannot be scored is not sampled.
+        cells read and can be computed is made first, then what they are compared with; what cannot be scored is not
+        sampled.
         """
         failures = Failures()
         self.make_inputs(failures)
         cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.jobs.items()]
         cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
-        todo: list[tuple[str, Job, Run | None]] = [(label, job, None) for label, job in cells]
-        if cells:
-            todo += [("reference run", job, run) for job, run in self.references.values()]
-        for stage in (_sample, score_run):
-            todo = [(label, job, run) for label, job, run in todo if failures.attempt(label, stage, job, run)]
+        for job, run in self._references_of([job for _, job in cells]):
+            failures.attempt("reference run", _sample_and_score, job, run)
+        for label, job in cells:
+            failures.attempt(label, _sample_and_score, job, None)
         failures.tell()
         pictures = Failures()  # without which a table is no less complete
         for row, job in trajectory.shown(self).items():
@@ -149,6 +158,16 @@ class Table:
         pictures.tell()
         self.show()
         return int(bool(failures.reasons))
+
+    def _references_of(self, jobs: Sequence[Job]) -> list[tuple[Job, Run]]:
+        """The converged runs that jobs without a current record are compared with, and those without a record."""
+        found: dict[str, tuple[Job, Run]] = {}
+        for job in jobs:
+            if (run := job.reference_run) is not None:
+                key = run.key()
+                if key not in found and (current_record(job) is None or self.record_of(job, key) is None):
+                    found[key] = (job, run)
+        return list(found.values())
 
     @property
     def computable(self) -> list[inputs.Missing]:
@@ -174,9 +193,10 @@ class Table:
 
     def publish(self, tracker: Tracker) -> bool:
         """Show the records by a tracker, beside the papers' numbers; False if that did not work."""
-        records = self.records
-        papers = {row: curve.papers for row, curve in self.curves(self.metrics[0]).items() if curve.papers}
-        return tracker.publish(self.name, list(records.values()), labels=[row for row, *_ in records], published=papers)
+        found = self.records
+        records = [replace(record, metrics=self.measures(record)) for record in found.values()]
+        papers = {metric: {row: curve.papers for row, curve in self.curves(metric).items()} for metric in self.metrics}
+        return tracker.publish(self.name, records, labels=[row for row, *_ in found], published=papers)
 
     @property
     def records(self) -> dict[tuple[str, int, int], Record]:
@@ -193,12 +213,13 @@ class Table:
         return {place: job.run.key() for place, job in self.jobs.items()}
 
     def record_of(self, job: Job, key: str | None = None) -> Record | None:
-        """A run's score.json in its folder, or the copy committed with the table; None if neither is there, or if it
-        was scored by another protocol, or lacks a metric."""
+        """A run's score.json in its folder, or the copy committed with the table, also with the whole one of which this
+        is a part; None if none is there, or if it was scored by another protocol, or lacks a metric."""
         key = key or job.run.key()
         wanted = job.protocol.hash if job.protocol else None
         run_folder = results_folder() / "runs" / job.run.model["name"] / key
-        for path in (run_folder / "score.json", self.folder / "records" / f"{key}.json"):
+        copies = [folder / "records" / f"{key}.json" for folder in (self.folder, self.folder.with_name(self.config))]
+        for path in (run_folder / "score.json", *copies):
             if path.exists():
                 record = _read_record(path, path.stat().st_mtime_ns)
                 same = record is not None and (record.protocol or {}).get("hash") == wanted
@@ -212,12 +233,13 @@ class Table:
 
     @property
     def main_metric(self) -> str | None:
-        """What comes first, and is compared with papers: `fid`, `fd_mnist`, `rmse`, ..., without its N."""
+        """What comes first, and is compared with papers: `fid@50000`, `fd_mnist@1000`, `rmse@64`, ..."""
         if self.metric is not None:
-            return PAPER_METRICS[self.metric]
-        names = dict.fromkeys(name.split("@")[0] for r in self.records.values() for name in r.metrics)
+            return f"{PAPER_METRICS[self.metric]}@{self.images}"
+        names = dict.fromkeys(name for record in self.records.values() for name in record.metrics)
         protocol = next(iter(self.jobs.values())).protocol
-        return protocol.metric if protocol and protocol.metric in names else next(iter(names), None)
+        wanted = f"{protocol.metric}@{self.images}" if protocol else None
+        return wanted if wanted in names else next(iter(names), None)
 
     @property
     def metrics(self) -> list[str]:
@@ -225,6 +247,7 @@ class Table:
 
         A run may be in two tables, and its record then has the distance to a reference run for one that asks for none.
         """
+        main = self.main_metric
         found = dict.fromkeys(
             name
             for record in self.records.values()
@@ -232,9 +255,9 @@ class Table:
             if not name.split("@")[0].endswith(("_se", "_std"))
             and (name.split("@")[0] not in AGAINST_REFERENCE or self.references)
         )
-        if not found and self.metric is not None:
-            found = {f"{self.main_metric}@{self.images}": None}
-        return sorted(found, key=lambda name: name.split("@")[0] != self.main_metric)
+        if self.metric is not None and main is not None:
+            found = found or {main: None}
+        return sorted(found, key=lambda name: name != main)
 
     @property
     def images(self) -> int:
@@ -248,7 +271,8 @@ class Table:
 
     def verdicts(self, metric: str) -> dict[tuple[str, int], Verdict]:
         """Ours beside the paper's, for every cell."""
-        compared = metric.split("@")[0] == self.main_metric and self.metric is not None
+        compared = self.metric is not None and metric == self.main_metric
+        images = int(metric.split("@")[1])
         records = self.records
         found = {}
         for place, cell in self.cells.items():
@@ -257,15 +281,14 @@ class Table:
             paper = cell.papers[0] if compared and cell.papers else None
             errors = [measured[key] for measured in done if (key := metric.replace("@", "_se@")) in measured]
             error = math.sqrt(fmean(e**2 for e in errors)) if errors else None
-            found[place] = Verdict(values, self.images, self.proxy, paper, error)
+            found[place] = Verdict(values, images, self.is_proxy(images), paper, error)
         return found
 
-    @property
-    def proxy(self) -> bool:
-        """Whether these runs have another number of images than the papers' or the protocol's."""
+    def is_proxy(self, images: int) -> bool:
+        """Whether a metric of so many images has another number of them than the papers' or the protocol's."""
         protocol = next(iter(self.jobs.values())).protocol
         wanted = protocol.n if protocol is not None and self.published else None
-        return self.limit is not None or wanted not in (None, self.images)
+        return self.limit is not None or wanted not in (None, images)
 
     def curves(self, metric: str) -> dict[str, Curve]:
         """For the figures: ours with their confidence, and the papers'."""
@@ -299,8 +322,13 @@ class Table:
         return found
 
     def stem(self, metric: str) -> str:
-        prefix = metric.split("@")[0]
-        return "fid_vs_nfe" if prefix == self.main_metric else f"{prefix}_vs_nfe"
+        """What a metric's figure is called: the main one's always the same; others have their N if it is not the runs',
+        or if they would take the main one's name."""
+        prefix, _, images = metric.partition("@")
+        if metric == self.main_metric:
+            return "fid_vs_nfe"
+        alone = images == str(self.images) and prefix != "fid"
+        return f"{prefix}_vs_nfe" if alone else f"{prefix}_{images}_vs_nfe"
 
     def write(self) -> None:
         """All pages into results/tables/<name>."""
@@ -319,6 +347,9 @@ def _read_record(path: Path, written: int) -> Record | None:
         return None
 
 
-def _sample(job: Job, run: Run | None) -> None:
+def _sample_and_score(job: Job, run: Run | None) -> None:
+    """A record after every run: of a table that is broken off, what was made is seen. The network stays loaded, and so
+    does the extractor (evodiff.runs.loaded, evodiff.metrics.score)."""
     if not sample_run(job, run):
         raise EvodiffError("another process still works on it")
+    score_run(job, run)

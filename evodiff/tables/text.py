@@ -20,15 +20,15 @@ HIGHER = ("is", "precision", "recall", "density", "coverage")
 
 def show(value: float) -> str:
     """Three significant digits, without an exponent where that reads well."""
-    return f"{value:#.3g}".rstrip(".") if 0 < abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if 0 < abs(value) < 999.5 else f"{value:.0f}"
 
 
 def best(table: "Table", metric: str) -> set[tuple[str, int]]:
-    """Cells that are best in their column; what only describes images has no best."""
+    """Cells that show the best number of their column; what only describes images has no best."""
     prefix = metric.split("@")[0]
     if prefix in OF_IMAGES:
         return set()
-    ours = {place: v.mean for place, v in table.verdicts(metric).items() if v.values}
+    ours = {place: v.ours for place, v in table.verdicts(metric).items() if v.ours is not None}
     choose = max if prefix.startswith(HIGHER) else min
     columns = [[place for place in ours if place[1] == nfe] for nfe in table.nfe]
     return {choose(column, key=ours.__getitem__) for column in columns if column}
@@ -55,7 +55,7 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
         lines = [f"| {metric} | " + " | ".join(f"NFE {n}" for n in table.nfe) + " |"]
         lines.append("|---" + "|---:" * len(table.nfe) + "|")
         missing = "missing" if table.metric is None else "–"
-        for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing):
+        for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing, plain):
             name = row.replace("|", r"\|")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
@@ -99,8 +99,8 @@ def footer(table: "Table") -> str:
     protocol = next(iter(table.jobs.values())).protocol
     scored = f"protocol {protocol.name} ({protocol.hash})" if protocol else "no features"
     runs = "cells" if len(table.cells) == total else "runs"
-    limit = "" if table.limit is None else f" limit={table.limit}"
-    return f"{done} of {total} {runs} done; {scored}; made by `evodiff table {table.config}{limit}`."
+    part = "".join(f" {key}={n}" for key, n in table.part.items())
+    return f"{done} of {total} {runs} done; {scored}; made by `evodiff table {table.config}{part}`."
 
 
 def table_csv(table: "Table") -> str:
@@ -118,7 +118,7 @@ def table_csv(table: "Table") -> str:
             done = [records[row, nfe, k] for k in range(len(cell.jobs)) if (row, nfe, k) in records]
             paper = [v.paper.value, v.paper.confidence, v.paper.cite] if v.paper else ["", "", ""]
             writer.writerow(
-                [row, nfe, metric, _digits(v.ours), _digits(v.scatter), len(v.values), table.images]
+                [row, nfe, metric, _digits(v.ours), _digits(v.scatter), len(v.values), v.images]
                 + [round(sum(r.seconds for r in done), 3) if done else "", *paper]
                 + [_digits(v.difference), _digits(v.tolerance), v.state, " ".join(r.key for r in done)]
             )
@@ -140,9 +140,17 @@ def commands(table: "Table", cell: "Cell") -> list[str]:
     return lines
 
 
+def plain(text: str) -> str:
+    """Text for Markdown, where a star would begin or end what is emphasised."""
+    return text.replace("*", r"\*")
+
+
+TEX = {sign: f"\\{sign}" for sign in "_%&#${}"} | {sign: f"${sign}$" for sign in "<>|"}
+TEX |= {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+TEX |= {"±": r"$\pm$", "†": r"\textsuperscript{\dag}", "–": "--"}
+"""What LaTeX writes as something else."""
+
+
 def tex(text: str) -> str:
     """Text for LaTeX."""
-    text = "".join("\\" + c if c in "_%&#$" else c for c in text)
-    for sign in "<>|":
-        text = text.replace(sign, f"${sign}$")
-    return text.replace("±", r"$\pm$").replace("†", r"\textsuperscript{\dag}").replace("–", "--")
+    return "".join(TEX.get(sign, sign) for sign in text)

@@ -43,8 +43,9 @@ def known_rates() -> dict[str, dict[str, Rate]]:
         value = PASSES * told["million_images"] * 1e6 / (told["days"] * 86400 * told["gpus"])
         rate = Rate(value, f"by its training time in {told['source']}")
         found.setdefault(f"one {told['gpu']} in {told['precision']}", {}).update(dict.fromkeys(told["models"], rate))
-    for device, values in (_read(SHIPPED) | _read(measured_file())).items():
-        found.setdefault(device, {}).update({model: Rate(value, "measured") for model, value in values.items()})
+    for path in (SHIPPED, measured_file()):
+        for device, values in _read(path).items():
+            found.setdefault(device, {}).update({model: Rate(value, "measured") for model, value in values.items()})
     return found
 
 
