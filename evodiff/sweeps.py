@@ -128,7 +128,8 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
                 _note(todo[i], outcome.text)
             tell(todo[i], outcome)
     if failures:
-        print(f"evodiff: {len(failures)} runs of the sweep failed: {'; '.join(failures)}", file=sys.stderr)
+        runs = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+        print(f"evodiff: {runs} of the sweep failed: {'; '.join(failures)}", file=sys.stderr)
     return min(len(failures), MOST)
 
 

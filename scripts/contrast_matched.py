@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
         with locked(table.folder, "matched.lock"):  # another process may have added its own
             found = read_matched(path) | {key: cell}
             write_matched(path, {(r, n, key): found[key] for (r, n, _), key in table.keys.items() if key in found})
+    print(f"{path} has {len(found)} cells")
     if absent:
         print(f"{absent} runs are left out: images or states are not here. `evodiff table {given.table}` makes them.")
 

@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
             with locked(table.folder, "paired.lock"):  # another process may have added its own
                 found = read_paired(path) | {(keys[row], keys[against]): pair}
                 write_paired(path, found)
+    print(f"{path} has {len(found)} pairs")
     if absent:
         print(f"{absent} pairs are left out: the images of one are not here. `evodiff table {given.table}` makes them.")
 

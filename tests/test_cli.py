@@ -201,7 +201,7 @@ def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
     code, out, err = evodiff_command("run", "-m", *MIXTURE, "solver=heun,ddim", "nfe=5")
     assert code == 1
     assert "Heun cannot spend exactly nfe=5" in err
-    assert "1 runs of the sweep failed" in err
+    assert "1 run of the sweep failed" in err
     assert out.startswith("mixture/ddim-nfe5")
 
 
