@@ -1,6 +1,6 @@
 """The figures: a metric against NFE, and samples side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ MARKERS = "osD^vP*X<>"
 STYLES = ("-", "--", ":", "-.")
 TICKS = (3, 5, 10, 20, 50, 100, 200, 500, 1000)
 CELLS = "Cells"
+MANY = 20
+"""Methods that one figure can tell apart."""
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
 
 
@@ -63,16 +65,40 @@ class Curve(NamedTuple):
     papers: dict[int, float]
 
 
+def foremost(curves: Mapping[str, Curve]) -> list[str]:
+    """The methods to tell apart by colour: all, or where they are too many, those that have one of the three least
+    values at some NFE."""
+    if len(curves) <= MANY:
+        return list(curves)
+    columns = ({label: c.values[n] for label, c in curves.items() if n in c.values} for n in nfes_of(curves))
+    leading = {label for column in columns for label in sorted(column, key=column.__getitem__)[:3]}
+    return [label for label in curves if label in leading]
+
+
+def nfes_of(curves: Mapping[str, Curve]) -> list[int]:
+    return sorted({n for curve in curves.values() for n in (*curve.values, *curve.papers)})
+
+
 def save_curves(
     paths: Sequence[Path],
     curves: Mapping[str, Curve],
     ylabel: str,
     lines: Mapping[str, float] | None = None,
     title: str = "",
+    named: Collection[str] | None = None,
 ) -> None:
-    """One line per method over NFE, logarithmic, with its confidence; papers' points are hollow; `lines` are levels."""
-    figure, axis = plt.subplots(figsize=(7, 4.4) if len(curves) <= 10 else (10, max(6, 0.21 * len(curves))))
-    for i, (label, curve) in enumerate(curves.items()):
+    """One line per method over NFE, logarithmic, with its confidence; papers' points are hollow; `lines` are levels.
+
+    Of methods that are not `named` (None: all are) there is a thin grey line.
+    """
+    others = [curve for label, curve in curves.items() if named is not None and label not in named]
+    shown = {label: curve for label, curve in curves.items() if named is None or label in named}
+    many = len(curves) > 10
+    figure, axis = plt.subplots(figsize=(10, max(6, 0.21 * len(shown))) if many else (7, 4.4))
+    for curve in others:
+        label = f"{len(others)} others" if curve is others[-1] else None
+        axis.plot(*zip(*sorted(curve.values.items()), strict=True), color="#c8c8c8", lw=0.7, zorder=1, label=label)
+    for i, (label, curve) in enumerate(shown.items()):
         nfes, colour, marker = sorted(curve.values), COLOURS[i % 10], MARKERS[i % 10]
         style = STYLES[i // 10 % len(STYLES)]
         ours = [curve.values[n] for n in nfes]
@@ -93,7 +119,7 @@ def save_curves(
         note = axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                              textcoords="offset points", ha="right", fontsize=8, color="#555555", zorder=4)  # fmt: skip
         note.set_path_effects([withStroke(linewidth=3, foreground="white")])
-    nfes = sorted({n for curve in curves.values() for n in (*curve.values, *curve.papers)})
+    nfes = nfes_of(curves)
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
     positive = any(v > 0 for curve in curves.values() for v in (*curve.values.values(), *curve.papers.values()))
     scales = {"yscale": "log" if positive else "linear", "xscale": "log" if wide else "linear"}
@@ -111,7 +137,6 @@ def save_curves(
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axis.grid(True, which="both", alpha=0.25)
-    many = len(curves) > 10
     axis.legend(fontsize=8 if many else 9, frameon=False, **(BESIDE if many else {}))
     figure.tight_layout()
     for path in paths:

@@ -179,11 +179,11 @@ def _seeds() -> Iterable[str]:
     claim(*(0.5 < ratio < 2 for ratio in between))
     claim(sets_of(model) == [3, 3, 3, 3], sets_of(oracle) == [3, 3, 3, 3, 3])
     firsts = [first_places(numbers) for numbers in (model, oracle)]
-    claim([nfe for of in firsts for nfe, rows in of.items() if len(rows) > 1] == [5], len(firsts[0][5]) == 2)
-    claim(firsts[0][20] == {"evodiff"})
+    moved = [[str(nfe) for nfe, rows in of.items() if len(rows) > 1] for of in firsts]
+    claim(bool(moved[0]), not moved[1], "evodiff" in firsts[0][10])
     told = [
         "; ".join(f"{' or '.join(f'`{row}`' for row in sorted(rows))} at {nfe}" for nfe, rows in of.items())
-        for of in ({nfe: rows for nfe, rows in firsts[0].items() if nfe < 20}, firsts[1])
+        for of in firsts
     ]
     places = []
     for nfe in (3, 5, 10):
@@ -195,8 +195,9 @@ def _seeds() -> Iterable[str]:
 moves the distance by so much. Between three sets of seeds the distances scatter by {show(between[0])} times that on the
 trained model ({len(model.table.cells)} cells) and by {show(between[1])} times on the oracle
 ({len(oracle.table.cells)} cells). All cells share these sets, so that
-neither ratio is known well. Who is first of all solvers is the same in each set, but for the model at 5 evaluations.
-On the model: {told[0]}, and at 20, of five solvers, `evodiff`. On the oracle: {told[1]}. By the mean of the sets
+neither ratio is known well. Who is first of all solvers is the same in each set, but for the model at
+{" and ".join(moved[0])} evaluations. On the model: {told[0]}, where the other sets have {len(model.column("fd", 20))} of
+the solvers, those that lead on the first set among them. On the oracle: {told[1]}. By the mean of the sets
 `evodiff` is number {", ".join(places)} samplers of the model at 3, 5 and 10 evaluations.
 """
 

@@ -32,7 +32,7 @@ METHOD = DOCS / "figures" / "method.json"
 BEGIN, END = "<!-- measured: {} -->", "<!-- end of measured -->"
 
 LONG = 20
-"""Rows above which a table has two metrics and no figures on results.md."""
+"""Rows above which a table has two metrics and one figure on results.md."""
 SHOWN = (5, 8, 10, 12, 15, 16, 20, 25)
 """NFE of a table on results.md, where it has more than eight."""
 
@@ -73,9 +73,9 @@ def section(table: Table) -> str:
         lines.append(f"{left} of the {len(table.nfe)} columns of this table have not been made yet.\n")
     if long:
         shown_not = ", ".join(f"`{metric}`" for metric in part.metrics[2:])
-        lines.append(f"{shown_not}, and figures of so many rows, are in `results/tables/{table.name}/`;")
+        lines.append(f"{shown_not}, and their figures, are in `results/tables/{table.name}/`;")
         lines.append(f"`evodiff report {table.name}` makes its `report.html`.\n")
-    for metric in () if long else part.metrics:
+    for metric in part.metrics[:1] if long else part.metrics:
         if (ROOT / "results/tables" / table.name / f"{table.stem(metric)}.png").exists():
             lines.append(f"![{metric} against NFE]({folder}/{table.stem(metric)}.png)\n")
     return "\n".join([*lines, *matched(table, shown)])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from evodiff.config import compose
-from evodiff.plots import Curve, save_curves
+from evodiff.plots import Curve, foremost, save_curves
 from evodiff.tables import published
 from evodiff.tables.chart import chart
 from evodiff.tables.table import Table
@@ -122,6 +122,16 @@ def test_data_cannot_end_its_script():
 def test_wide_ranges_of_nfe_start_logarithmic(nfes, wide):
     block = chart({"a": Curve(dict.fromkeys(nfes, 1.0), {}, {})}, {}, "fid", "")
     assert ('name="logx" checked' in block) == wide
+
+
+def test_of_many_methods_those_that_lead_somewhere_are_named(tmp_path):
+    curves = {f"m{i}": Curve({5: float(i + 1), 10: float(100 - i)}, {}, {}) for i in range(30)}
+    assert foremost(dict([*curves.items()][:20])) == [f"m{i}" for i in range(20)]
+    named = foremost(curves)
+    assert named == ["m0", "m1", "m2", "m27", "m28", "m29"]
+    save_curves([tmp_path / "f.svg"], curves, "rmse", named=named)
+    told = re.findall(r"<!-- (m\d+|\d+ others) -->", (tmp_path / "f.svg").read_text())
+    assert sorted(told) == sorted([*named, "24 others"])
 
 
 @pytest.mark.parametrize("values", [(0.0029, 0.0039), (31.0, 36.0), (0.5, 40.0)])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from evodiff.errors import EvodiffError, StoreError
 from evodiff.files import whole_file
-from evodiff.plots import save_curves
+from evodiff.plots import foremost, save_curves
 from evodiff.runs.record import Record
 from evodiff.tables import html, samples, text, trajectory
 
@@ -21,9 +21,11 @@ def write(table: "Table") -> None:
     _write(table, "table.md", f"# {table.title}\n\n{text.markdown(table)}")
     _write(table, "table.tex", text.latex(table))
     _write(table, "table.csv", text.table_csv(table))
+    named = foremost(table.curves(table.metrics[0])) if table.metrics else []
     for metric in table.metrics:
         paths = [table.folder / f"{table.stem(metric)}.{kind}" for kind in ("png", "svg")]
-        save_curves(paths, table.curves(metric), metric, table.levels(metric), title=f"{metric} against NFE")
+        title = f"{metric} against NFE"
+        save_curves(paths, table.curves(metric), metric, table.levels(metric), title, named)
     samples.save_sheet(table.folder / "samples.png", table)
     trajectory.save_sheet(table.folder / "trajectories.png", table)
     _write(table, "report.html", html.page(table))
