@@ -196,8 +196,8 @@ moves the distance by so much. Between three sets of seeds the distances scatter
 trained model ({len(model.table.cells)} cells) and by {show(between[1])} times on the oracle
 ({len(oracle.table.cells)} cells). All cells share these sets, so that
 neither ratio is known well. Who is first of all solvers is the same in each set, but for the model at
-{" and ".join(moved[0])} evaluations. On the model: {told[0]}, where the other sets have {len(model.column("fd", 20))} of
-the solvers, those that lead on the first set among them. On the oracle: {told[1]}. By the mean of the sets
+{" and ".join(moved[0])} evaluations. On the model: {told[0]}, where the other sets have {len(model.column("fd", 20))}
+of the solvers, those that lead on the first set among them. On the oracle: {told[1]}. By the mean of the sets
 `evodiff` is number {", ".join(places)} samplers of the model at 3, 5 and 10 evaluations.
 """
 
