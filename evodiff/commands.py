@@ -12,6 +12,7 @@ from evodiff.config import build, choices, compose, compose_hydra, keys, nearest
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
+from evodiff.pictures import png_path
 from evodiff.runs.distributed import finish, processes, rank, use_own_gpu
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.record import Record
@@ -110,7 +111,7 @@ def sampled_line(job: Job) -> str | None:
 def has_pictures(job: Job) -> bool:
     """Whether the file of each image is there, where save=png asks for them."""
     folder = job.run.folder / "png"
-    return job.save != "png" or all((folder / f"{seed:06d}.png").exists() for seed in job.run.seed_range)
+    return job.save != "png" or all(png_path(folder, seed).exists() for seed in job.run.seed_range)
 
 
 def shown(job: Job, record: Record) -> str:

@@ -21,12 +21,16 @@ def save_grid(path: Path, images: np.ndarray, columns: int, scale: int = 2) -> N
         Image.fromarray(canvas.repeat(scale, 0).repeat(scale, 1)).save(temporary)
 
 
+def png_path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
 def save_pngs(folder: Path, seeds: Sequence[int], images: np.ndarray) -> None:
     """uint8 [N, C, H, W] as `000012.png` for seed 12, each file whole or absent; compressed without loss. One that is
     there is left as it is."""
     for seed, image in zip(seeds, images, strict=True):
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-        if not (path := folder / f"{seed:06d}.png").exists():
+        if not (path := png_path(folder, seed)).exists():
             with whole_file(path) as temporary:
                 Image.fromarray(pixels).save(temporary)
 

@@ -37,13 +37,16 @@ def integrate(
     return denoise(x, grid.nodes[-1]) if denoise_final else x
 
 
+ROUNDINGS = ("round", "truncate")
+
+
 def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
     """[-1, 1] -> 0..255: `round` is round(127.5 x + 127.5) clipped; `truncate` drops the fraction (older scripts).
 
     Raises ConfigError for another rounding.
     """
-    if rounding not in ("round", "truncate"):
-        raise ConfigError(f"rounding={rounding} does not exist; possible: round, truncate.")
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"rounding={rounding} does not exist; possible: {', '.join(ROUNDINGS)}.")
     if x.device.type == "mps":  # which has no float64
         x = x.cpu()
     grey = 127.5 * x.double() + 127.5

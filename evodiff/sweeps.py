@@ -119,7 +119,7 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
             print(f"evodiff: a job before makes the same [{' '.join(overrides)}]", file=sys.stderr, flush=True)
             continue
         seen.add(made)
-        outcome = _already(action, overrides)
+        outcome = _already(action, overrides, Path(made[0]))
         tell(overrides, outcome) if outcome is not None else todo.append(overrides)
     if todo:
         for i, outcome in launcher.launch(partial(work, action.do), todo):
@@ -140,9 +140,9 @@ def _made(overrides: list[str]) -> tuple[str, ...]:
     return str(Run.from_config(cfg).folder), *rest
 
 
-def _already(action: Action, overrides: list[str]) -> Outcome | None:
-    """The outcome of a job that needs no process, for it is done. None: start it."""
-    if not Run.from_config(compose("run", overrides)).folder.exists():
+def _already(action: Action, overrides: list[str], folder: Path) -> Outcome | None:
+    """The outcome of a job whose run's folder has it all already. None: start it."""
+    if not folder.exists():
         return None
     try:
         text = action.done(Job.compose(overrides))

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from evodiff.errors import ConfigError
 from evodiff.paths import CONFIGS, check_checkout
+from evodiff.sampling import ROUNDINGS
 
-ROUNDINGS = ("round", "truncate")
 LABEL_POLICIES = ("none", "seeded_random")
 
 

@@ -14,11 +14,11 @@ from evodiff.config import build, essential, parse_range
 from evodiff.denoiser import THRESHOLDS, threshold_of
 from evodiff.errors import ConfigError
 from evodiff.grid import TimeGrid, grid_for
-from evodiff.metrics.protocol import ROUNDINGS
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import LegacyNoise, SeededNoise
 from evodiff.paths import results_folder
 from evodiff.precision import PRECISIONS
+from evodiff.sampling import ROUNDINGS
 from evodiff.solvers.base import Solver
 
 NOISES = {"seeded": SeededNoise, "legacy": LegacyNoise}
