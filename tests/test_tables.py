@@ -48,13 +48,14 @@ def unloaded(run):
     return Pretrained(lambda labels: SimpleNamespace(schedule=schedule), shape=shape)
 
 
-ALIKE = ("mnist_solvers", "mnist_solvers_1k", "mnist_seeds")
-"""Tables with the solvers and budgets of mnist_oracle, on another model."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in choices("table")]
+LONG = ("mnist_oracle", "mnist_solvers", "mnist_solvers_1k", "mnist_seeds")
+"""Tables of all solvers, for which composing hundreds of runs takes long."""
+each_table = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in choices("table")]
 )
+
+
+@each_table
 def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
     for cell in tables[name].cells.values():
         run = without_files(cell.jobs[0].run)
@@ -62,18 +63,19 @@ def test_every_cell_is_a_run_that_spends_its_budget(tables, name):
         assert solver.evaluations(len(grid)) + run.denoise_final == cell.nfe, cell.label
 
 
-@pytest.mark.parametrize("name", choices("table"))
+@each_table
 def test_every_run_of_a_table_is_another(tables, name):
     table = tables[name]
     assert len(set(table.keys.values())) == len(table.jobs) > 0
 
 
-def test_no_run_is_in_two_cells(tables):
+@pytest.mark.parametrize("names", [PAPERS, pytest.param(choices("table"), marks=pytest.mark.slow)])
+def test_no_run_is_in_two_cells(tables, names):
     """But for EVODiff as released in the tables of its parts, the first seeds of the table of seeds, and the main
     solvers in the table of all."""
     places = {}
     again = ("mnist_solvers", "mnist_parts", "mnist_oracle_parts", "mnist_seeds")
-    for table in (table for name, table in tables.items() if name not in again):
+    for table in (tables[name] for name in names if name not in again):
         for (row, nfe, k), job in table.jobs.items():
             key = f"{job.run.model['name']}/{table.keys[row, nfe, k]}"
             place = (table.config, row, nfe, k)
@@ -81,6 +83,7 @@ def test_no_run_is_in_two_cells(tables):
             assert places.setdefault(key, place) == place
 
 
+@pytest.mark.slow
 def test_a_table_of_seeds_has_the_cells_of_the_tables_of_one_set(tables):
     """They begin with the same seeds, so that the runs are the same."""
     whole = {job.run.key() for name in ("mnist", "mnist_solvers") for job in tables[name].jobs.values()}

@@ -200,6 +200,7 @@ def test_other_ranks_leave_the_reference_of_a_scored_run(evodiff_command, result
     assert not job.reference_run.folder.exists()
 
 
+@pytest.mark.slow
 def test_ranks_share_a_table_with_what_its_cells_read(tmp_path_factory, tmp_path):
     """A searched grid is made by one rank, the other waits; a failing cell ends neither the others nor the pages."""
     elsewhere, grid = tmp_path_factory.mktemp("ranks"), tmp_path / "gits_mixture.json"

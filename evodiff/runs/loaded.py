@@ -15,8 +15,8 @@ from evodiff.runs.run import Run
 
 NAMING_FILES = ("checkpoint", "classifier", "weights", "pipeline", "prompts")
 """Fields of a model that may name a file or a folder."""
-_kept: dict[str, Pretrained] = {}
-"""The model of the run before, under what it was made of."""
+_kept: dict[str, Pretrained | None] = {}
+"""The model of the run before, under what it was made of; None after a run that failed."""
 
 
 @contextmanager
@@ -28,14 +28,16 @@ def loaded(run: Run, device: str) -> Iterator[Pretrained]:
     building the model raises.
     """
     key = json.dumps([run.as_dict()["model"], run.computing, device, _states(run.model)], sort_keys=True)
-    if key not in _kept:
-        _kept.clear()
-        gc.collect()  # a compiled network refers to itself
-        _kept[key] = prepared(build(run.model, device=device), *run.computing)
+    model = _kept.get(key)
+    if model is None:
+        if _kept:
+            _kept.clear()
+            gc.collect()  # a compiled network refers to itself
+        model = _kept[key] = prepared(build(run.model, device=device), *run.computing)
     try:
-        yield _kept[key]
+        yield model
     except BaseException:
-        _kept.clear()
+        _kept[key] = None
         raise
 
 
