@@ -54,6 +54,8 @@ USAGES = {
 Make the runs of a table that are missing, score them, and write its pages, results/tables/NAME/report.html and others.
 NAME is a file of configs/table; `evodiff status` lists them. Called again it goes on.
 
+rows=[NAME,...]       make only these methods now, like rows=[EVODiff,UniPC*]; the pages show all there are
+nfe=[N,...]           make only these budgets now
 limit=N               only N images of each run, for a trial, with pages of their own
 repeats=N             only the first N of the table's ranges of seeds
 device=NAME           auto, cpu, cuda, cuda:1

@@ -215,7 +215,7 @@ def failures_of_inputs(table: "Table") -> list[str]:
 def overrides_of(table: "Table") -> list[list[str]]:
     """What makes each run of a table by itself."""
     found = []
-    for (row, nfe, _), job in table.jobs.items():
+    for (row, nfe, _), job in table.todo.items():
         first, last = job.run.seeds
         own = [f"device={table.device}", f"nfe={nfe}", f"seeds={first}-{last}"]
         found.append([*table.base, *table.cells[row, nfe].overrides, *own])
@@ -228,7 +228,7 @@ def share_table(table: "Table") -> int:
     use_own_gpu()
     failures = Failures()
     table.make_inputs(failures)
-    for job in table.jobs.values():
+    for job in table.todo.values():
         failures.attempt(job.run.key(), sample_and_score, job)
     failures.tell()
     if rank() > 0:

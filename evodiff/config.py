@@ -195,10 +195,14 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             )
         key = override.key_or_group
         if override.is_sweep_override() and "Ambiguous value" in str(error):
+            listed = f"write '{key}=[{text.partition('=')[2]}]'"
+            if root == "table":
+                return f"{text} are several values: {listed}."
             default: Any = OmegaConf.load(CONFIGS / f"{root}.yaml")
             is_list = isinstance(default.get(key), ListConfig)
-            as_list = f", or for a list write '{key}=[{text.partition('=')[2]}]'" if is_list else ""
-            return f"{text} are several values: add -m to sweep over them{as_list}."
+            return (
+                f"{text} are several values: add -m to sweep over them{f', or for a list {listed}' if is_list else ''}."
+            )
         if override.is_add() or (CONFIGS / key).is_dir() or key.split(".")[0] == "hydra":
             continue
         head = key.split(".")[0]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from evodiff.commands import overrides_of
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.pictures import mosaic, save_grid
@@ -94,6 +95,33 @@ def test_the_converged_level_is_the_mean_over_the_ranges_of_seeds(small):
     ends = [of_two.record_of(job, key).metrics["contrast@8"] for key, (job, _) in of_two.references.items()]
     assert len(set(ends)) == 2
     assert of_two.levels("contrast@8") == {"heun at NFE 79": pytest.approx(sum(ends) / 2)}
+
+
+def test_only_a_part_is_made_where_one_is_asked_for(small, results):
+    part = small(None, "rows=[EVO*]", "nfe=5")
+    assert part.make() == 0
+    assert set(part.records) == {("EVODiff", 5, 0)}
+    assert "1 of 4 cells done" in (results / "tables" / "smoke" / "table.md").read_text()
+    assert [overrides[-2] for overrides in overrides_of(part)] == ["nfe=5"]
+    searched = {"DDIM": ["solver=ddim", "grid=file", "grid.path=gits_mixture.json"], "EVODiff": ["solver=evodiff"]}
+    assert missing_inputs(small(searched)) and not missing_inputs(small(searched, "rows=EVODiff"))
+    assert small().make() == 0
+    assert len(small().records) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rows=DDIN"], "rows=DDIN is not in table smoke. Did you mean DDIM?"),
+        (["rows=[DDIM,3]"], r"rows=\['DDIM', 3\] is impossible: expected a list like rows=\[EVODiff,UniPC\*\]"),
+        (["rows=[]"], r"rows=\[\] is impossible"),
+        (["nfe=[5,7]"], r"nfe=\[5, 7\]: not all are budgets of these rows of table smoke; they have 5, 6"),
+        (["nfe=5,6"], r"nfe=5,6 are several values: write 'nfe=\[5,6\]'"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(small, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        small(None, *overrides)
 
 
 def test_a_record_with_more_serves_a_table_that_asks_for_less(small, results):

@@ -1,10 +1,12 @@
 """What a file of configs/table may say."""
 
+from collections.abc import Set
+from fnmatch import filter as matching
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from evodiff.config import parse_range
+from evodiff.config import nearest, parse_range
 from evodiff.errors import ConfigError
 from evodiff.tables.cells import Row
 
@@ -48,6 +50,38 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[rang
         many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
         raise ConfigError(f"repeats={cfg.repeats} is impossible: the table has {many}. Ask for fewer, or add seeds.")
     return content, rows, tuple(parse_range(text) for text in ranges[: cfg.repeats])
+
+
+def chosen(cfg: DictConfig, rows: dict[str, Row]) -> Set[tuple[str, int]]:
+    """The cells to be made now, (row, NFE): those of `rows` at `nfe` of the composed `table.yaml`, all without these.
+
+    Raises ConfigError for names that are no row, and budgets that none of these rows has.
+    """
+    names, budgets = _asked(cfg, "rows", str), _asked(cfg, "nfe", int)
+    for name in names or ():
+        if not matching(rows, name):
+            raise ConfigError(
+                f"rows={name} is not in table {cfg.table.name}.{nearest(name, rows)} Rows: {'; '.join(rows)}."
+            )
+    wanted = [row for row in rows.values() if names is None or any(matching([row.name], name) for name in names)]
+    possible = sorted({nfe for row in wanted for nfe in row.nfe})
+    if budgets is not None and not {*budgets} <= {*possible}:
+        has = ", ".join(map(str, possible))
+        raise ConfigError(
+            f"nfe={cfg.nfe}: not all are budgets of these rows of table {cfg.table.name}; they have {has}."
+        )
+    return {(row.name, nfe) for row in wanted for nfe in row.nfe if budgets is None or nfe in budgets}
+
+
+def _asked(cfg: DictConfig, key: str, kind: type) -> list[Any] | None:
+    """The list of an override; one value is a list of it, and null none."""
+    given: Any = OmegaConf.to_container(cfg)
+    value = given[key]
+    values = value if isinstance(value, list) else [value]
+    if value is not None and not (values and all(type(each) is kind for each in values)):
+        example = "[EVODiff,UniPC*]" if kind is str else "[5,10]"
+        raise ConfigError(f"{key}={value} is impossible: expected a list like {key}={example}, or null for all.")
+    return None if value is None else values
 
 
 def _rows(content: dict[str, Any]) -> dict[str, Row]:

@@ -22,9 +22,9 @@ class Missing(NamedTuple):
 
 
 def missing_inputs(table: "Table") -> list[Missing]:
-    """In the order of the rows, each once."""
+    """Of the cells that are to be made, in the order of the rows, each once."""
     model = [override for override in table.base if override.startswith("model")]
-    return list(dict.fromkeys(m for cell in table.cells.values() for m in _of_run(cell.jobs[0].run, model)))
+    return list(dict.fromkeys(m for job in table.todo.values() for m in _of_run(job.run, model)))
 
 
 def make(missing: Missing) -> None:

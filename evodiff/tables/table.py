@@ -1,7 +1,7 @@
 """Tables: the runs that fill one, what papers report beside them, and the pages made from both."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from evodiff.runs.sample import sample_run
 from evodiff.runs.score import check_scorable, current_record, score_run
 from evodiff.tables import inputs, pages, text, trajectory
 from evodiff.tables.cells import Cell, Row, with_seeds
-from evodiff.tables.content import PAPER_METRICS, checked
+from evodiff.tables.content import PAPER_METRICS, checked, chosen
 from evodiff.tables.failures import Failures
 from evodiff.tables.published import Published, Verdict, matching, read, unmatched
 from evodiff.tracking import Tracker
@@ -38,14 +38,16 @@ class Table:
     title: str
     base: list[str]
     rows: Mapping[str, Row]
+    chosen: Set[tuple[str, int]]
+    """The cells that `make` makes, (row, NFE)."""
     tracker: Tracker
-    device: str = "auto"
-    seeds: tuple[range, ...] = ()
-    limit: int | None = None
-    repeats: int | None = None
+    device: str
+    seeds: tuple[range, ...]
+    limit: int | None
+    repeats: int | None
     """How many ranges of seeds, where these are not all."""
-    published: str | None = None
-    metric: str | None = None
+    published: str | None
+    metric: str | None
 
     @classmethod
     def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
@@ -62,9 +64,20 @@ class Table:
     def from_config(cls, cfg: DictConfig) -> "Table":
         """Raises ConfigError for what is no table."""
         content, rows, seeds = checked(cfg)
-        repeats = cfg.repeats if len(seeds) < len(content.get("seeds") or ()) else None
-        where = (cfg.device, seeds, cfg.limit, repeats, content.get("published"), content.get("metric"))
-        return cls(content["name"], content["title"], content["base"], rows, build(cfg.tracker), *where)
+        return cls(
+            config=content["name"],
+            title=content["title"],
+            base=content["base"],
+            rows=rows,
+            chosen=chosen(cfg, rows),
+            tracker=build(cfg.tracker),
+            device=cfg.device,
+            seeds=seeds,
+            limit=cfg.limit,
+            repeats=cfg.repeats if len(seeds) < len(content.get("seeds") or ()) else None,
+            published=content.get("published"),
+            metric=content.get("metric"),
+        )
 
     @property
     def name(self) -> str:
@@ -127,6 +140,11 @@ class Table:
         found = {(c.row, c.nfe, k): job for c in self.cells.values() for k, job in enumerate(c.jobs)}
         return dict(sorted(found.items(), key=lambda item: item[0][2]))
 
+    @property
+    def todo(self) -> dict[tuple[str, int, int], Job]:
+        """The jobs of the cells that are to be made."""
+        return {place: job for place, job in self.jobs.items() if place[:2] in self.chosen}
+
     @cached_property
     def references(self) -> dict[str, tuple[Job, Run]]:
         """By key, the converged runs that the cells' rmse compares with, and a job that can make each."""
@@ -145,7 +163,7 @@ class Table:
         """
         failures = Failures()
         self.make_inputs(failures)
-        cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.jobs.items()]
+        cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.todo.items()]
         cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
         for job, run in self._references_of([job for _, job in cells]):
             failures.attempt("reference run", _sample_and_score, job, run)
