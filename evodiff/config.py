@@ -5,7 +5,8 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -47,20 +49,38 @@ def _compose(root: str, overrides: tuple[str, ...]) -> tuple[DictConfig, DictCon
     """Our part and Hydra's."""
     check_checkout()
     _check(root, overrides)
-    publish_solvers()
-    outer = Singleton.get_state()  # inside a sweep Hydra is already at work, and allows one at a time
-    GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            register_launchers()  # in here, for Hydra registers its own whenever it begins
+        with _own_hydra(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            publish_solvers()
             cfg = hydra_compose(root, list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError(_explain(root, overrides, e)) from e
     except yaml.YAMLError as e:
         raise ConfigError(f"a configuration cannot be read: {' '.join(str(e).split())}. Mend it.") from e
-    finally:
-        Singleton.set_state(outer)
     return _named(cfg, OmegaConf.to_container(cfg.hydra.runtime.choices)), cfg.hydra
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Inside a sweep, or a program that uses Hydra itself, it is already at work, and allows one at a time."""
+    outer, Singleton._instances = Singleton._instances, _singletons()
+    try:
+        yield
+    finally:
+        Singleton._instances = outer
+
+
+@cache
+def _singletons() -> dict[type, Any]:
+    """Hydra's global state, apart from that of a program that uses it too, with our launchers in place of its own."""
+    outer, Singleton._instances = Singleton._instances, Singleton.get_state()["instances"]
+    try:
+        GlobalHydra.instance().clear()
+        Plugins.instance()  # looks for plugins, which register their launchers
+        register_launchers()
+        return Singleton._instances
+    finally:
+        Singleton._instances = outer
 
 
 def _named(cfg: DictConfig, choices: Any) -> DictConfig:

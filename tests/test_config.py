@@ -5,7 +5,10 @@ import pkgutil
 import shutil
 from importlib import import_module
 
+import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import evodiff.config
@@ -87,6 +90,17 @@ def test_seeds_are_at_most_what_a_range_can_count():
 
 def test_a_key_that_is_known_may_be_added_to():
     assert compose("run", ["+model.device=cpu", "++nfe=5"]).nfe == 5
+
+
+def test_a_program_that_uses_hydra_itself_keeps_it():
+    """Its configuration, its launchers, and no solvers that it has not stored."""
+    with hydra.initialize(version_base="1.3", config_path=None):
+        theirs, store = GlobalHydra.instance().hydra, ConfigStore.instance()
+        before = {group: store.list(f"hydra/{group}") for group in ("launcher", "sweeper")}
+        assert compose("run", ["nfe=7", "shard=77"]).nfe == 7
+        assert GlobalHydra.instance().hydra is theirs and ConfigStore.instance() is store
+        assert {group: store.list(f"hydra/{group}") for group in before} == before
+        assert "solver" not in store.repo
 
 
 @pytest.fixture

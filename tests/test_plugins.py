@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evodiff
-from evodiff import plugins
+from evodiff import config, plugins
 from evodiff.api import named_solver
 from evodiff.config import choices, compose
 from evodiff.errors import ConfigError
@@ -53,9 +53,12 @@ def install(folder, module="their_solvers", source=PACKAGE):
 def clean(monkeypatch):
     """No solver registered by one test is seen by another."""
     monkeypatch.setattr(plugins, "_registered", {})
-    plugins._load_entry_points.cache_clear()
+    caches = (plugins._load_entry_points, config._compose, config._singletons)
+    for each in caches:
+        each.cache_clear()
     yield
-    plugins._load_entry_points.cache_clear()
+    for each in caches:
+        each.cache_clear()
 
 
 @pytest.fixture
@@ -68,8 +71,8 @@ def theirs(clean, tmp_path, monkeypatch):
 
 def test_an_installed_solver_is_a_choice_with_its_fields(theirs):
     assert "scaled_ddim" in choices("solver")
-    config = compose("run", ["solver=scaled_ddim", "solver.gain=0.5"]).solver
-    assert (config.name, config.gain, config.rule) == ("scaled_ddim", 0.5, None)
+    solver = compose("run", ["solver=scaled_ddim", "solver.gain=0.5"]).solver
+    assert (solver.name, solver.gain, solver.rule) == ("scaled_ddim", 0.5, None)
     with pytest.raises(ConfigError, match="Did you mean solver.gain"):
         compose("run", ["solver=scaled_ddim", "solver.gian=0.5"])
     with pytest.raises(ConfigError, match="Did you mean scaled_ddim"):
