@@ -7,9 +7,11 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch: the 
 
 import pytest
 import torch
+from small_tables import small_table
 
 import evodiff.runs.loaded
 from evodiff.cli import main
+from evodiff.tables import pages
 
 
 @pytest.fixture
@@ -18,6 +20,13 @@ def results(tmp_path, monkeypatch):
     monkeypatch.setattr(evodiff.runs.loaded, "_kept", {})
     monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def small(results, monkeypatch):
+    """Makes small tables; their curves are empty files, for drawing takes long and is tested in test_page.py."""
+    monkeypatch.setattr(pages, "save_curves", lambda paths, *_: [path.touch() for path in paths])
+    return small_table
 
 
 @pytest.fixture

@@ -1,66 +1,22 @@
-"""A table from nothing to its pages, twice, and interrupted."""
+"""The pages of a table: its numbers beside the papers', pictures, trajectories, on every page the same."""
 
 import csv
-import json
 import re
-import shlex
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from small_tables import BASE, bytes_of, out_of_memory
 
-from evodiff.commands import overrides_of
-from evodiff.config import build, compose
-from evodiff.errors import ConfigError
+from evodiff.config import build
 from evodiff.pictures import mosaic, save_grid
 from evodiff.plots import save_sample_sheet
-from evodiff.tables import pages, published, samples, text, trajectory
-from evodiff.tables import table as table_module
-from evodiff.tables.failures import Failures
-from evodiff.tables.inputs import missing_inputs
+from evodiff.tables import published, samples, text, trajectory
 from evodiff.tables.published import Published, Verdict
-from evodiff.tables.table import Table
 from evodiff.tables.text import latex, markdown, show
-
-SMALL = ["table=smoke", "table.nfe=[5,6]"]
-BASE = ["model=mixture", "seeds=0-15", "shard=8", "batch=8"]
-PAGES = {"table.md", "table.tex", "table.csv", "report.html", "samples.png", "fid_vs_nfe.png", "fid_vs_nfe.svg"}
-
-
-@pytest.fixture
-def small(results, monkeypatch):
-    monkeypatch.setattr(pages, "save_curves", lambda paths, *_: [path.touch() for path in paths])  # see test_page.py
-
-    def make(rows=None, *overrides, **changes):
-        cfg = compose("table", [*SMALL, *overrides])
-        cfg.table.base = [*BASE, "protocol=none"]
-        cfg.table.rows = rows or {"DDIM": ["solver=ddim"], "EVODiff": ["solver=evodiff"]}
-        cfg.table.update(changes)
-        return Table.from_config(cfg)
-
-    return make
-
-
-def bytes_of(folder, pattern):
-    return {
-        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob(pattern) if p.is_file()
-    }
-
-
-def test_a_table_is_made_once(small, results, capsys):
-    assert small().make() == 0
-    first = capsys.readouterr().out
-    assert PAGES <= {path.name for path in (results / "tables" / "smoke").iterdir()}
-    shards, scores = bytes_of(results, "shard-*.npz"), bytes_of(results / "runs", "score.json")
-    assert len(scores) == 5  # four cells and the converged run
-    assert small().make() == 0
-    assert capsys.readouterr().out == first
-    assert bytes_of(results, "shard-*.npz") == shards
-    assert bytes_of(results / "runs", "score.json") == scores
 
 
 def test_the_numbers_on_every_page_are_the_records(small, results):
@@ -97,76 +53,6 @@ def test_the_converged_level_is_the_mean_over_the_ranges_of_seeds(small):
     assert of_two.levels("contrast@8") == {"heun at NFE 79": pytest.approx(sum(ends) / 2)}
 
 
-def test_only_a_part_is_made_where_one_is_asked_for(small, results):
-    part = small(None, "rows=[EVO*]", "nfe=5")
-    assert part.make() == 0
-    assert set(part.records) == {("EVODiff", 5, 0)}
-    assert "1 of 4 cells done" in (results / "tables" / "smoke" / "table.md").read_text()
-    assert [overrides[-2] for overrides in overrides_of(part)] == ["nfe=5"]
-    searched = {"DDIM": ["solver=ddim", "grid=file", "grid.path=gits_mixture.json"], "EVODiff": ["solver=evodiff"]}
-    assert missing_inputs(small(searched)) and not missing_inputs(small(searched, "rows=EVODiff"))
-    assert small().make() == 0
-    assert len(small().records) == 4
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["rows=DDIN"], "rows=DDIN is not in table smoke. Did you mean DDIM?"),
-        (["rows=[DDIM,3]"], r"rows=\['DDIM', 3\] is impossible: expected a list like rows=\[EVODiff,UniPC\*\]"),
-        (["rows=[]"], r"rows=\[\] is impossible"),
-        (["nfe=[5,7]"], r"nfe=\[5, 7\]: not all are budgets of these rows of table smoke; they have 5, 6"),
-        (["nfe=5,6"], r"nfe=5,6 are several values: write 'nfe=\[5,6\]'"),
-    ],
-)
-def test_a_part_that_there_is_not_is_refused(small, overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        small(None, *overrides)
-
-
-def test_a_record_with_more_serves_a_table_that_asks_for_less(small, results):
-    small().make()
-    scores = bytes_of(results / "runs", "score.json")
-    without = small(base=["model=mixture", "protocol=none", "seeds=0-15", "shard=8", "batch=8", "metrics=[contrast]"])
-    assert without.make() == 0
-    assert bytes_of(results / "runs", "score.json") == scores
-    assert (small().metrics, without.metrics) == (["rmse@16", "contrast@16"], ["contrast@16"])
-
-
-def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
-    assert small({"DDIM": ["solver=ddim"], "Heun": ["solver=heun"]}).make() == 1
-    out, err = capsys.readouterr()
-    assert "Heun, NFE 5: Heun cannot spend exactly nfe=5" in err
-    assert re.search(r"\| Heun \| missing \| \*?\*?[\d.]+", out)
-    assert "3 of 4 cells done" in out
-
-
-def out_of_memory(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
-
-
-@pytest.mark.parametrize("stage", ["sample_run", "score_run"])
-def test_an_unexpected_error_does_not_end_the_table_either(small, results, capsys, monkeypatch, stage):
-    table = small()
-    does, failing = getattr(table_module, stage), table.cells["DDIM", 5].jobs[0]
-    monkeypatch.setattr(
-        table_module, stage, lambda job, run: (out_of_memory if (job, run) == (failing, None) else does)(job, run)
-    )
-    assert table.make() == 1
-    out, err = capsys.readouterr()
-    assert "Traceback (most recent call last)" in err and "in out_of_memory" in err
-    assert "evodiff: DDIM, NFE 5: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB." in err
-    assert "3 of 4 cells done" in out
-    assert (results / "tables" / "smoke" / "report.html").exists()
-
-
-def test_what_cannot_be_scored_is_not_sampled(small, results, capsys):
-    with_reference = [*BASE, "protocol=mnist", "protocol.reference=nope.npz", "protocol.reference_sha256=null"]
-    assert small(base=with_reference).make() == 1
-    assert "nope.npz" in capsys.readouterr().err
-    assert not list(results.rglob("shard-*"))
-
-
 def test_names_of_rows_are_text_on_every_page(small):
     table = small({r"A|b <c> 100%": ["solver=ddim"]})
     assert table.make() == 0
@@ -189,38 +75,6 @@ def test_bold_is_the_best_number_that_is_shown():
     least, mean = (Verdict(values, 50_000, False, p) for values, p in (((2.0, 3.0, 4.0), paper), ((2.5,), None)))
     table = SimpleNamespace(nfe=[10], verdicts=lambda metric: {("A", 10): least, ("B", 10): mean})
     assert text.best(table, "fid@50000") == {("A", 10)}
-
-
-def test_failures_are_grouped_and_leave_no_memory_held(capsys, monkeypatch):
-    emptied = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("once"))
-    failures = Failures()
-    assert failures.attempt("fine", print, "done")
-    assert not emptied
-    assert [failures.attempt(label, out_of_memory) for label in "abc"] == [False] * 3
-    assert len(emptied) == 3
-    failures.tell()
-    out, err = capsys.readouterr()
-    assert out == "done\n"
-    assert err.count("Traceback") == 1
-    assert "evodiff: a and 2 more: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB.\n" in err
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        failures.attempt("d", interrupt)
-
-
-def test_one_run_in_two_cells_is_refused(small):
-    with pytest.raises(ConfigError, match="are the same run"):
-        small({"a": ["solver=ddim"], "b": ["solver=ddim"]}).jobs  # noqa: B018
-
-
-def test_two_protocols_in_one_table_are_refused(small):
-    with pytest.raises(ConfigError, match="mixes 2 scoring protocols"):
-        small({"a": ["solver=ddim"], "b": ["solver=evodiff", "protocol=mnist"]}).jobs  # noqa: B018
 
 
 def test_the_page_needs_nothing_else(small, results):
@@ -368,107 +222,6 @@ def test_a_run_without_metrics_is_a_table_too(small, capsys):
     table = small(base=[*BASE, "protocol=none", "reference_run=null", "metrics=[fid]"])
     assert table.make() == 0
     assert "4 of 4 cells done; no features" in capsys.readouterr().out
-
-
-def test_a_reference_is_sampled_only_for_a_cell_that_needs_it(small):
-    table = small()
-    table.make()
-    ((_, reference),) = table.references.values()
-    shards = list(reference.folder.glob("shard-*"))
-    for shard in shards:
-        shard.unlink()
-    assert small().make() == 0
-    assert not any(shard.exists() for shard in shards)
-    (table.jobs["DDIM", 5, 0].run.folder / "score.json").unlink()
-    assert small().make() == 0
-    assert all(shard.exists() for shard in shards)
-
-
-def test_what_was_made_before_an_interruption_is_scored(small, monkeypatch):
-    table = small()
-    does, last = table_module.sample_run, table.jobs["EVODiff", 6, 0]
-
-    def interrupted(job, run):
-        if (job, run) == (last, None):
-            raise KeyboardInterrupt
-        return does(job, run)
-
-    monkeypatch.setattr(table_module, "sample_run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        table.make()
-    assert len(table.records) == 3
-
-
-def test_a_record_of_another_protocol_is_not_taken(small, results):
-    table = small()
-    table.make()
-    path = table.cells["DDIM", 5].jobs[0].run.folder / "score.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "protocol": {"name": "other", "hash": "00000000"}}))
-    (table.folder / "records" / f"{content['key']}.json").unlink()
-    assert ("DDIM", 5, 0) not in small().records
-    assert small().make() == 0  # it is scored again
-    assert small().records["DDIM", 5, 0].protocol is None
-
-
-def test_a_copy_of_another_version_is_replaced(small, results):
-    table = small()
-    table.make()
-    copy = next((table.folder / "records").glob("*.json"))
-    before = copy.read_text()
-    copy.write_text(json.dumps(json.loads(before) | {"of_later_versions": 1}))
-    small().write()
-    assert copy.read_text() == before
-
-
-def test_a_command_makes_its_cell(small, evodiff_command):
-    table = small({"DDIM": {"run": ["solver=ddim"], "at": [{"nfe": [5], "run": ["t_end=0.01"]}]}})
-    cell = table.cells["DDIM", 5]
-    (command,) = text.commands(table, cell)
-    words = shlex.split(command)
-    assert words[:2] == ["evodiff", "run"] and "t_end=0.01" in words
-    assert evodiff_command(*words[1:])[0] == 0
-    assert ("DDIM", 5, 0) in table.records and ("DDIM", 6, 0) not in table.records
-
-
-def test_what_cells_read_is_computed_first(small, results, tmp_path):
-    """A searched grid and the statistics of the model; a trial does not compute them."""
-    grid, folder = tmp_path / "gits_mixture.json", tmp_path / "ems-4-8"
-    rows = {
-        "DDIM": {"run": ["solver=ddim", "grid=file", f"grid.path={grid}"]},
-        "v3": {"run": ["solver=dpm_v3", f"solver.statistics={{_target_:evodiff.ems.load,folder:{folder}}}"]},
-    }
-    assert [m.what for m in missing_inputs(small(rows))] == [f"grid {grid}", f"statistics {folder}"]
-    assert small(rows, "limit=8").make() == 1
-    assert not grid.exists() and not folder.exists()
-    assert small(rows).make() == 0
-    assert len(small(rows).records) == 4 and missing_inputs(small(rows)) == []
-    assert json.loads((folder / "ems.json").read_text())["samples"] == 8
-
-
-def test_a_grid_of_ones_own_that_is_not_there_is_not_invented(small, tmp_path, capsys):
-    grid = tmp_path / "mine.json"
-    table = small({"DDIM": ["solver=ddim", "grid=file", f"grid.path={grid}"]})
-    assert table.computable == [] and missing_inputs(table)[0].what == f"grid {grid}"
-    assert table.make() == 1
-    assert f"grid file {grid}: " in capsys.readouterr().err
-    assert not grid.exists()
-
-
-def test_a_launcher_computes_it_first_too_and_the_pages_are_written_also_when_a_cell_fails(
-    evodiff_command, results, tmp_path
-):
-    grid = tmp_path / "gits_mixture.json"
-    base = "'model=mixture','protocol=none','seeds=0-15','shard=8','batch=8','metrics=[contrast]'"
-    rows = ["~table.rows.DDIM", "~table.rows.EVODiff", "+table.rows.Heun=['solver=heun']"]
-    rows += [f"+table.rows.Searched=['solver=ddim','grid=file','grid.path={grid}']"]
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    code, out, err = evodiff_command("table", "smoke", f"table.base=[{base}]", "table.nfe=[5]", *rows, *launcher)
-    assert code == 1
-    assert "Heun cannot spend exactly nfe=5" in err
-    assert grid.exists()
-    assert "3 of 4 cells done" in out
-    assert "3 of 4 cells done" in (results / "tables" / "smoke" / "table.md").read_text()
 
 
 def test_a_trajectory_ends_with_the_sample(small):
