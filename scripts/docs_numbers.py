@@ -111,7 +111,7 @@ def sets_of(numbers: Numbers) -> list[int]:
 def places(*tables: Numbers) -> str:
     """By NFE, who comes first by distance and by the error of the images, and where EVODiff is; each from the first
     table that has it."""
-    lines = ["| NFE | first by distance | first by error | `evodiff` is number |", "|---:|---|---|---|"]
+    lines = ["| NFE | first by distance | first by error of the images | `evodiff` is number |", "|---:|---|---|---|"]
     of_nfe = {nfe: numbers for numbers in reversed(tables) for nfe in numbers.nfe}
     for nfe, numbers in sorted(of_nfe.items()):
         samplers = distinct(numbers, nfe)
