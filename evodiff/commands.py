@@ -20,6 +20,7 @@ from evodiff.runs.sample import sample_run
 from evodiff.runs.score import check_scorable, current_record, score_run
 from evodiff.sweeps import Action, launch, sweep
 from evodiff.tables.failures import Failures
+from evodiff.tracking import Silent
 
 if TYPE_CHECKING:
     from evodiff.tables.table import Table
@@ -55,8 +56,8 @@ def sample_and_score(job: Job) -> str:
     """
     if rank() > 0:
         sample_run(job)
-        if job.reference_run and current_record(job) is None:
-            sample_run(job, job.reference_run)
+        if job.reference and current_record(job) is None:
+            sample_run(job.reference)
         return ""
     check_scorable(job)
     if processes() > 1:
@@ -78,9 +79,9 @@ def score(job: Job) -> str:
 
     Raises StoreError for a run that is not complete, before anything is made of its reference.
     """
-    if job.reference_run and current_record(job) is None:
+    if job.reference and current_record(job) is None:
         next(store_of(job).batches("seeds"))  # refused unless every image is there
-        finish(job, job.reference_run)
+        finish(job.reference)
     if rank() > 0:
         return ""
     record = score_run(job)
@@ -184,6 +185,10 @@ def table_main(argv: list[str]) -> int:
     name, overrides = table_arguments("table", argv)
     table = Table.of_file(name, overrides)
     if processes() > 1:
+        if names_launcher(overrides):
+            raise ConfigError(
+                "torchrun shares a table's runs among its processes; leave out hydra/launcher, or torchrun"
+            )
         return share_table(table)
     if names_launcher(overrides):
         return launch_table(table, build(compose_hydra("table", [f"table={name}", *overrides]).launcher))
@@ -249,6 +254,8 @@ def wandb_main(argv: list[str]) -> int:
     table = Table.of_file(*table_arguments("wandb push", [argv[1], *own, *argv[2:]]))
     if not table.records:
         raise EvodiffError(f"table {table.name} has no records yet. `evodiff table {table.config}` makes them.")
+    if isinstance(table.tracker, Silent) or getattr(table.tracker, "mode", None) == "disabled":
+        raise ConfigError("this tracker shows nothing: leave tracker= out, or set tracker.mode=offline or online.")
     if not table.publish(table.tracker):
         return 1
     print(f"{table.name}: {len(table.records)} runs and their table are shown")

@@ -217,7 +217,8 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
         if override.is_sweep_override() and "Ambiguous value" in str(error):
             listed = f"write '{key}=[{text.partition('=')[2]}]'"
             if root == "table":
-                return f"{text} are several values: {listed}."
+                is_list = key in ("rows", "nfe") or key.startswith("table.")
+                return f"{text} are several values: {listed if is_list else f'{key} takes one'}."
             default: Any = OmegaConf.load(CONFIGS / f"{root}.yaml")
             is_list = isinstance(default.get(key), ListConfig)
             return (

@@ -62,7 +62,7 @@ class WandB:
     """Weights & Biases: a run for each record, and for a table one more with its cells and curves.
 
     It speaks to wandb from a process of its own, so that a wandb that hangs, crashes or is not there costs one line and
-    `timeout` seconds. What could not be sent is written offline, for `wandb sync`.
+    `timeout` seconds, and PER_RUN more for each run. What could not be sent is written offline, for `wandb sync`.
     """
 
     project: str = "evodiff"
@@ -97,11 +97,10 @@ class WandB:
             trouble = self._push({**content, "mode": mode})
             if not trouble:
                 return mode == self.mode
-            instead = (
-                "`evodiff wandb push TABLE` can send the records later" if mode == "offline" else "writing offline"
-            )
+            last = mode == "offline" or "not installed" in trouble
+            instead = "`evodiff wandb push TABLE` can send the records later" if last else "writing offline"
             print(f"evodiff: W&B: {trouble}; {instead}", file=sys.stderr)
-            if "not installed" in trouble:
+            if last:
                 break
         return False
 
@@ -124,6 +123,8 @@ class WandB:
             )
         except subprocess.TimeoutExpired:
             return f"no answer within {limit:.0f} s"
+        except OSError as e:
+            return f"its process cannot be started ({e.strerror or e})"
         said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
         if done.returncode == 0:
             if done.stdout.strip():

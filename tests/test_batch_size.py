@@ -85,6 +85,6 @@ def test_sizes_are_tried_without_compiling(monkeypatch, results):
     tried = []
     monkeypatch.setattr(sample, "automatic", lambda call, *_: tried.extend(call(n).shape[0] for n in (1, 2, 4)) or 4)
     grid = TimeGrid.at([80, 0.002], EDM())
-    assert (sample.batch_for(job, job.run, model, grid), tried, counter.frame_count) == (4, [1, 2, 4], 0)
+    assert (sample.batch_for(job, model, grid), tried, counter.frame_count) == (4, [1, 2, 4], 0)
     model.denoiser(None)(torch.zeros(4, *model.shape, dtype=torch.float64), grid.nodes[0])
     assert counter.frame_count > 0, "it is compiled for the batches themselves"

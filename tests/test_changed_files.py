@@ -80,11 +80,13 @@ class Network(nn.Conv2d):
         return super().forward(x)
 
 
-def test_a_network_trained_on_is_not_taken_for_the_one_before(results, tmp_path):
+@pytest.mark.parametrize("named", ["{home}/net.safetensors", "~/net.safetensors"])
+def test_a_network_trained_on_is_not_taken_for_the_one_before(results, tmp_path, monkeypatch, named):
+    monkeypatch.setenv("HOME", str(tmp_path))
     weights = tmp_path / "net.safetensors"
     network = {"_target_": f"{__name__}.Network"}
     model = {"name": "mine", "_target_": "evodiff.wrap", "model": network, "shape": [1, 8, 8], "predicts": "x0"}
-    model |= {"schedule": {"_target_": "evodiff.schedule.EDM"}, "weights": str(weights), "check": False}
+    model |= {"schedule": {"_target_": "evodiff.schedule.EDM"}, "weights": named.format(home=tmp_path), "check": False}
     job = Job.compose([*RUN[1:], "model=mixture", "protocol=none", "solver=ddim", "nfe=2"])
     job = dataclasses.replace(job, run=dataclasses.replace(job.run, model=model))
 

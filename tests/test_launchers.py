@@ -124,6 +124,17 @@ def test_every_gpu_has_one_job(tmp_path, monkeypatch):
     assert {*outcomes(Processes(), ["first", "second"], partial(meet, tmp_path))} == {"3", "5"}
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not bound to cores here")
+def test_workers_share_the_cores_that_they_may_use(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        assert outcomes(Processes(1), ["OMP_NUM_THREADS"], os.getenv) == ["1"]
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
 def test_a_fresh_process_follows_a_failure():
     """A CUDA error stays with its process: only after success is it used again."""
     first, second, third = outcomes(Processes(1), ["fine", "", "fine"], pid_or_nothing)

@@ -69,7 +69,7 @@ def test_the_extractor_is_given_as_many_images_at_once_while_sampling_as_while_s
 def test_a_state_that_is_not_kept_is_not_held(results):
     job = Job.compose(["model=mixture", "protocol=none", "metrics=[]", *RUN])
     model = build(job.run.model, device="cpu")
-    made = next(sample_batches(job, job.run, model, *job.run.plan(model), range(7)))
+    made = next(sample_batches(job, model, *job.run.plan(model), range(7)))
     assert not job.keeps_states and made.x.untyped_storage().nbytes() == 0
 
 
@@ -83,8 +83,8 @@ def test_states_alone_need_no_decoder_and_keep_no_images(results, monkeypatch):
     monkeypatch.setattr(loaded, "build", lambda cfg, **at: replace(real(cfg, **at), decode=refused))
     common = ["model=mixture", "protocol=none", "metrics=[rmse]", REFERENCE, *RUN]
     job = Job.compose([*common, "save=none"])
-    for run in (None, job.reference_run):
-        sample_run(job, run)
+    for each in (job, job.reference):
+        sample_run(each)
     (path, *_) = sorted(job.run.folder.glob("shard-*.npz"))
     assert set(np.load(path)) == {"seeds", "x"}
     assert score_run(job).metrics["rmse@24"] > 0
@@ -207,6 +207,15 @@ def test_pngs_are_also_made_of_a_run_that_is_there(run, results):
     assert (np.stack([np.asarray(Image.open(path)) for path in files]) == images[:, 0]).all() and len(files) == 24
     files[3].unlink()
     assert run("metrics=[fid]", "save=png")[0] == 0 and files[3].exists()
+
+
+def test_of_the_reference_no_pngs_are_asked(run, results):
+    """It may have kept no images, for another run."""
+    rmse = ["metrics=[rmse]", REFERENCE]
+    assert run(*rmse, "save=none")[0] == 0
+    folder_of(results).rename(results / "before")
+    assert run(*rmse, "save=png")[0] == 0
+    assert len([*(folder_of(results) / "png").iterdir()]) == 24 == len([*results.rglob("*.png")]) - 1  # and grid.png
 
 
 def test_pngs_of_a_run_that_kept_no_images_are_refused(run):

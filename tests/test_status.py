@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+import evodiff.config
 from evodiff.config import compose
 from evodiff.errors import ConfigError
 from evodiff.paths import ROOT
@@ -116,7 +117,8 @@ def test_statistics_whose_computation_was_broken_off_are_needed_still(tmp_path):
 def test_other_networks_of_a_row_are_needed_too():
     needed = "\n".join(missing_files(table("cifar10_edm_nvlabs")))
     assert "cifar10_edm_uncond_ve" in needed and "cifar10_edm_cond_vp" in needed
-    assert "`evodiff gits model=cifar10_edm steps=4-25 out=results/grids/gits_cifar10_edm.json`" in needed
+    grids = ROOT / "results/grids"
+    assert f"`evodiff gits model=cifar10_edm steps=4-25 out={grids}/gits_cifar10_edm.json`" in needed
 
 
 def test_several_tables_come_in_the_order_asked_for(evodiff_command):
@@ -178,6 +180,19 @@ def test_a_throughput_of_another_model_does_not_count(measured):
     assert list(cost(small(DDIM=["solver=ddim"])))[1] == UNKNOWN
 
 
-def test_a_table_that_cannot_be_read_is_an_error():
+def test_a_table_that_cannot_be_read_is_an_error_and_does_not_end_the_others(evodiff_command, tmp_path, monkeypatch):
     with pytest.raises(ConfigError):
         table("smoke", rows={"a": {"run": ["solver=ddim"], "nfes": []}})
+    shutil.copytree(evodiff.config.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(evodiff.config, "CONFIGS", tmp_path / "configs")
+    (tmp_path / "configs/table/mine.yaml").write_text(
+        "name: mine\ntitle: x\nbase: [model=mixture]\nnfe: [5]\nrows: {A: [solver=ddmi]}\n"
+    )
+    code, out, _ = evodiff_command("status", "mine", "smoke")
+    assert code == 1
+    assert "mine: solver=ddmi does not exist." in out and "smoke: 8 cells" in out
+
+
+def test_budgets_are_shown_as_the_table_takes_them(evodiff_command):
+    shown = [evodiff_command("show", "table=demo", "row=DDIM", f"nfe={nfe}") for nfe in ("5,8", "[5,8]")]
+    assert shown[0] == shown[1] and shown[0][0] == 0

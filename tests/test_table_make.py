@@ -50,6 +50,7 @@ def test_only_a_part_is_made_where_one_is_asked_for(small, results):
         (["rows=[]"], r"rows=\[\] is impossible"),
         (["nfe=[5,7]"], r"nfe=\[5, 7\]: not all are budgets of these rows of table smoke; they have 5, 6"),
         (["nfe=5,6"], r"nfe=5,6 are several values: write 'nfe=\[5,6\]'"),
+        (["limit=5,6"], r"limit=5,6 are several values: limit takes one\."),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(small, overrides, message):
@@ -78,15 +79,23 @@ def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
 def test_an_unexpected_error_does_not_end_the_table_either(small, results, capsys, monkeypatch, stage):
     table = small()
     does, failing = getattr(table_module, stage), table.cells["DDIM", 5].jobs[0]
-    monkeypatch.setattr(
-        table_module, stage, lambda job, run: (out_of_memory if (job, run) == (failing, None) else does)(job, run)
-    )
+    monkeypatch.setattr(table_module, stage, lambda job: (out_of_memory if job == failing else does)(job))
     assert table.make() == 1
     out, err = capsys.readouterr()
     assert "Traceback (most recent call last)" in err and "in out_of_memory" in err
     assert "evodiff: DDIM, NFE 5: OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB." in err
     assert "3 of 4 cells done" in out
     assert (results / "tables" / "smoke" / "report.html").exists()
+
+
+def test_a_folder_that_cannot_be_read_ends_its_own_cell_only(small, capsys):
+    table = small()
+    broken = table.jobs["DDIM", 5, 0].run.folder
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("")
+    assert table.make() == 1
+    assert "DDIM, NFE 5: " in capsys.readouterr().err
+    assert {place[:2] for place in table.records} == {("DDIM", 6), ("EVODiff", 5), ("EVODiff", 6)}
 
 
 def test_what_cannot_be_scored_is_not_sampled(small, results, capsys):
@@ -131,8 +140,8 @@ def test_two_protocols_in_one_table_are_refused(small):
 def test_a_reference_is_sampled_only_for_a_cell_that_needs_it(small):
     table = small()
     table.make()
-    ((_, reference),) = table.references.values()
-    shards = list(reference.folder.glob("shard-*"))
+    (reference,) = table.references.values()
+    shards = list(reference.run.folder.glob("shard-*"))
     for shard in shards:
         shard.unlink()
     assert small().make() == 0
@@ -146,10 +155,10 @@ def test_what_was_made_before_an_interruption_is_scored(small, monkeypatch):
     table = small()
     does, last = table_module.sample_run, table.jobs["EVODiff", 6, 0]
 
-    def interrupted(job, run):
-        if (job, run) == (last, None):
+    def interrupted(job):
+        if job == last:
             raise KeyboardInterrupt
-        return does(job, run)
+        return does(job)
 
     monkeypatch.setattr(table_module, "sample_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -167,6 +176,22 @@ def test_a_record_of_another_protocol_is_not_taken(small, results):
     assert ("DDIM", 5, 0) not in small().records
     assert small().make() == 0  # it is scored again
     assert small().records["DDIM", 5, 0].protocol is None
+
+
+def test_errors_from_another_reference_run_are_not_taken(small, results, evodiff_command):
+    """Scored again by hand with a finer one, a run has another number; the table keeps its own, where there is one."""
+    table = small()
+    table.make()
+    job, (own,) = table.jobs["DDIM", 5, 0], table.references
+    copy = table.folder / "records" / f"{job.run.key()}.json"
+    before = copy.read_text()
+    rescored = [*BASE, "protocol=none", "solver=ddim", "nfe=5", "reference_run=['solver=unipc_3','nfe=30']"]
+    assert evodiff_command("run", *rescored)[0] == 0
+    assert json.loads((job.run.folder / "score.json").read_text())["reference_run"] != own
+    small().write()
+    assert copy.read_text() == before
+    copy.unlink()
+    assert ("DDIM", 5, 0) not in small().records
 
 
 def test_a_copy_of_another_version_is_replaced(small, results):
@@ -202,6 +227,21 @@ def test_what_cells_read_is_computed_first(small, results, tmp_path):
     assert small(rows).make() == 0
     assert len(small(rows).records) == 4 and missing_inputs(small(rows)) == []
     assert json.loads((folder / "ems.json").read_text())["samples"] == 8
+
+
+def test_it_is_of_the_cells_model_and_on_the_tables_device(small, monkeypatch):
+    searched = ["solver=ddim", "grid=file"]
+    rows = {
+        "A": [*searched, "grid.path=gits_mixture.json"],
+        "B": [*searched, "model=mixture_digits", "grid.path=gits_mixture_digits.json"],
+        "C": ["solver=dpm_v3", "solver.statistics=checkpoints/nowhere"],
+    }
+    table = small(rows, "device=cpu")
+    assert [m.argv[:2] for m in missing_inputs(table)] == [("gits", "model=mixture"), ("gits", "model=mixture_digits")]
+    asked = []
+    monkeypatch.setattr("evodiff.gits.main", asked.append)
+    table.make_inputs(Failures())
+    assert [argv[-1] for argv in asked] == ["device=cpu"] * 2
 
 
 def test_a_grid_of_ones_own_that_is_not_there_is_not_invented(small, tmp_path, capsys):

@@ -318,3 +318,12 @@ def test_impossible_limits_and_metrics_are_refused():
         table_with({"A": ["solver=ddim"]}, metric="FIDs")
     with pytest.raises(ConfigError, match="repeats=2 is impossible: the table has 1 range of seeds"):
         table_with({"A": ["solver=ddim"]}, "repeats=2")
+    with pytest.raises(ConfigError, match="seeds 0-9 and 5-14 overlap: an image would count twice"):
+        table_with({"A": ["solver=ddim"]}, seeds=["5-14", "0-9"])
+    with pytest.raises(ConfigError, match=r"One with a comma needs quotes: \"rows=\['NAME'\]\""):
+        table_with({"A, as released": ["solver=ddim"]}, "rows=[A, as released]")
+
+
+def test_a_limit_that_limits_nothing_makes_no_proxy(results):
+    table = table_with({"A": ["solver=ddim"]}, "limit=5000", base=["model=mixture", "protocol=none", "seeds=0-15"])
+    assert table.images == 16 and not table.is_proxy(16)

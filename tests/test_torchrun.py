@@ -173,7 +173,7 @@ def test_other_ranks_sample_the_reference_too_and_are_silent(results, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     job = Job.compose(MIXTURE)
     assert commands.sample_and_score(job) == ""
-    assert store_of(job).missing() == store_of(job, job.reference_run).missing() == []
+    assert store_of(job).missing() == store_of(job.reference).missing() == []
     assert not list(results.rglob("score.json"))
     assert capsys.readouterr() == ("", "")
 
@@ -184,7 +184,7 @@ def test_one_rank_scores(evodiff_command, results, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     job = Job.compose(MIXTURE)
     assert evodiff_command("score", *MIXTURE) == (0, "", "")
-    assert store_of(job, job.reference_run).missing() == [], "the reference is everybody's"
+    assert store_of(job.reference).missing() == [], "the reference is everybody's"
     assert not list(results.rglob("score.json"))
     monkeypatch.setenv("RANK", "0")
     assert "rmse@32" in evodiff_command("score", *MIXTURE)[1]
@@ -222,6 +222,9 @@ def test_a_sweep_under_torchrun_is_refused(evodiff_command, monkeypatch):
     code, _, err = evodiff_command("run", "-m", *ALONE)
     assert code == 1
     assert "torchrun shares one run among its processes" in err
+    code, _, err = evodiff_command("table", "smoke", "hydra/launcher=joblib")
+    assert code == 1
+    assert "torchrun shares a table's runs among its processes; leave out hydra/launcher" in err
 
 
 def test_a_rank_uses_its_own_gpu(monkeypatch):

@@ -1,6 +1,7 @@
 """W&B: what lies in its offline files is what the records say; a wandb that fails costs one line."""
 
 import json
+import shutil
 import struct
 import subprocess
 
@@ -10,6 +11,7 @@ import pytest
 from evodiff import tracking
 from evodiff.dashboard import report
 from evodiff.errors import ConfigError
+from evodiff.paths import ROOT
 from evodiff.pictures import save_grid
 from evodiff.runs.record import Record
 from evodiff.tracking import WandB, as_table
@@ -258,6 +260,30 @@ def test_push_without_a_table_says_how(evodiff_command):
         code, out, err = evodiff_command(*argv)
         assert (code, out) == (1, "")
         assert "usage: evodiff wandb push TABLE" in err
+
+
+@pytest.mark.parametrize("silent", ["tracker=none", "tracker.mode=disabled"])
+def test_push_with_a_tracker_that_shows_nothing_is_refused(evodiff_command, results, silent):
+    shutil.copytree(ROOT / "results/tables/mnist_parts", results / "tables/mnist_parts")
+    code, out, err = evodiff_command("wandb", "push", "mnist_parts", silent)
+    assert (code, out) == (1, "")
+    assert "this tracker shows nothing" in err
+
+
+def test_a_process_that_cannot_start_costs_a_line(results, monkeypatch, capsys):
+    def run(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(tracking.subprocess, "run", run)
+    assert not WandB().publish(RECORDS[0].key, RECORDS[:1])
+    assert "W&B: its process cannot be started (Cannot allocate memory); " in capsys.readouterr().err
+
+
+def test_what_wandb_is_missing_for_is_not_said_to_be_written(results, monkeypatch, capsys):
+    monkeypatch.setattr(WandB, "_push", lambda self, content: "wandb is not installed")
+    assert not WandB(mode="online").publish(RECORDS[0].key, RECORDS[:1])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "`evodiff wandb push TABLE` can send the records later" in err
 
 
 def test_push_without_records_says_what_makes_them(evodiff_command, tmp_path, monkeypatch):

@@ -81,8 +81,13 @@ def _writing(path: Path) -> Iterator[None]:
 def _copy(entry: Entry, source: Path, target: Path) -> None:
     if not source.is_file():
         raise ConfigError(f"--from {source}: there is no such file. Give the path of your copy of {entry.file}.")
-    with whole_file(target) as temporary:
-        shutil.copyfile(source, temporary)
+    try:
+        copy = source.open("rb")
+    except OSError as e:
+        raise ConfigError(f"--from {source} cannot be read: {e.strerror or e}.") from e
+    with copy, whole_file(target) as temporary:
+        with temporary.open("wb") as f:
+            shutil.copyfileobj(copy, f)
         wrong = check(entry, temporary)
         if wrong:
             raise CheckpointError(f"--from {source} is not {entry.file} of {entry.name}: {wrong}. Nothing was changed.")

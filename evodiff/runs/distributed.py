@@ -11,7 +11,6 @@ import sys
 import time
 
 from evodiff.runs.job import Job, store_of
-from evodiff.runs.run import Run
 from evodiff.runs.sample import sample_run
 from evodiff.store import SampleStore
 
@@ -37,18 +36,18 @@ def use_own_gpu() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
-def finish(job: Job, run: Run | None = None) -> None:
+def finish(job: Job) -> None:
     """Sample until every image of a run is there: wait for the shards of others, and take over those of the dead.
 
     Raises what sample_run raises.
     """
     told = False
-    while not sample_run(job, run):
-        store = store_of(job, run)
+    while not sample_run(job):
+        store = store_of(job)
         while (missing := store.missing()) and not any(_free(store, seeds) for seeds in missing):
             if not told:
                 print(
-                    f"{(run or job.run).key()}: waiting for {sum(map(len, missing))} images that other processes make",
+                    f"{job.run.key()}: waiting for {sum(map(len, missing))} images that other processes make",
                     file=sys.stderr,
                     flush=True,
                 )

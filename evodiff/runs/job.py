@@ -33,6 +33,9 @@ class Job:
     run: Run
     protocol: Protocol | None
     reference_run: Run | None
+    """The converged run that errors are measured from."""
+    keeps_states: bool
+    """Whether shards hold the states before rounding, several times the size of the images."""
     device: str
     batch: int | Literal["auto"]
     shard: int
@@ -47,9 +50,12 @@ class Job:
         return tuple(name for name in self.metrics if name in METRICS)
 
     @property
-    def keeps_states(self) -> bool:
-        """Whether shards hold the states before rounding, several times the size of the images."""
-        return self.reference_run is not None
+    def reference(self) -> "Job | None":
+        """What makes the reference run, for which no picture of each image is asked."""
+        if self.reference_run is None:
+            return None
+        save = "shards" if self.save == "png" else self.save
+        return replace(self, run=self.reference_run, reference_run=None, save=save)
 
     @classmethod
     def compose(cls, overrides: list[str]) -> "Job":
@@ -81,9 +87,19 @@ class Job:
             solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
             kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
             reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
-        device = device_for(cfg.device)
-        tracker = build(cfg.tracker)
-        return cls(run, protocol, reference_run, device, cfg.batch, cfg.shard, cfg.threads, cfg.save, metrics, tracker)
+        return cls(
+            run=run,
+            protocol=protocol,
+            reference_run=reference_run,
+            keeps_states=reference_run is not None,
+            device=device_for(cfg.device),
+            batch=cfg.batch,
+            shard=cfg.shard,
+            threads=cfg.threads,
+            save=cfg.save,
+            metrics=metrics,
+            tracker=build(cfg.tracker),
+        )
 
     def with_nfe(self, nfe: int) -> "Job":
         return replace(self, run=replace(self.run, nfe=nfe))
@@ -110,7 +126,6 @@ def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
     return metrics
 
 
-def store_of(job: Job, run: Run | None = None) -> SampleStore:
-    run = run or job.run
+def store_of(job: Job) -> SampleStore:
     needs = ("x",) if job.keeps_states else ()
-    return SampleStore(run.folder, run.identity(), run.seed_range, job.shard, needs)
+    return SampleStore(job.run.folder, job.run.identity(), job.run.seed_range, job.shard, needs)

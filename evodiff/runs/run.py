@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,18 @@ class Run:
 
     def key(self) -> str:
         """`<solver>-nfe<n>-<8 hex>`: the name of the run's folder."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:  # the pages of a table ask for it thousands of times
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return f"{self.solver['name']}-nfe{self.nfe or 'adaptive'}-{digest[:8]}"
+
+    @property
+    def statistics_folder(self) -> str | None:
+        """Of the model's statistics that the solver reads (evodiff.ems.load), if it does."""
+        statistics = self.solver.get("statistics")
+        return statistics.get("folder") if isinstance(statistics, Mapping) else None
 
     @property
     def folder(self) -> Path:

@@ -39,14 +39,14 @@ PREVIEW = 64
 """Images in grid.png."""
 
 
-def sample_run(job: Job, run: Run | None = None) -> bool:
+def sample_run(job: Job) -> bool:
     """Make the missing shards of a run. False if another process still works on some of them.
 
     A run that is complete costs nothing: the model is not even loaded.
     """
-    run = run or job.run
+    run = job.run
     use_cpu(job.threads)
-    store = store_of(job, run)
+    store = store_of(job)
     read = files_read(run)
     store.check_files(store.weights | read, unnoted=read)
     for name in store.damaged():
@@ -54,21 +54,22 @@ def sample_run(job: Job, run: Run | None = None) -> bool:
     for name in store.lacking():
         print(f"{run.key()}: {name} has no {' and '.join(store.needs)} in it; sampling it anew", file=sys.stderr)
     if not store.missing():
-        save_pictures(job, run, store)
+        save_pictures(job, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
     with loaded(run, job.device) as model:
-        _make_shards(job, run, model, scorer, store, read)
+        _make_shards(job, model, scorer, store, read)
     if store.missing():
         return False
-    save_pictures(job, run, store)
+    save_pictures(job, store)
     return True
 
 
 def _make_shards(
-    job: Job, run: Run, model: Pretrained, scorer: Scorer | None, store: SampleStore, read: Mapping[str, str]
+    job: Job, model: Pretrained, scorer: Scorer | None, store: SampleStore, read: Mapping[str, str]
 ) -> None:
     """Those of the missing shards that no other process works on; `read` is what files_read found."""
+    run = job.run
     solver, grid = run.plan(model)
     if solver.caveat:
         print(f"{run.key()}: {solver.caveat}; configs/solver/{run.solver['name']}.yaml says more", file=sys.stderr)
@@ -76,7 +77,7 @@ def _make_shards(
     store.check_files(files, unnoted=read)
     write_yaml(run.folder / "run.yaml", run.as_dict())
     if job.batch == "auto":
-        job = replace(job, batch=batch_for(job, run, model, grid))
+        job = replace(job, batch=batch_for(job, model, grid))
     before: list[range] = []
     missing = store.missing()
     with progress(run.key(), sum(map(len, missing))) as advance:
@@ -88,10 +89,10 @@ def _make_shards(
                             continue
                         started, batches = time.monotonic(), []
                         with products(run.precision):
-                            for batch in sample_batches(job, run, model, solver, grid, seeds):
+                            for batch in sample_batches(job, model, solver, grid, seeds):
                                 batches.append(batch)
                                 advance(len(batch.seeds))
-                        shard = shard_of(job, run, scorer, seeds, batches, time.monotonic() - started)
+                        shard = shard_of(job, scorer, seeds, batches, time.monotonic() - started)
                         behind(write_shard, store, files, shard, claim.pop_all())
             before, missing = missing, store.missing()
 
@@ -101,32 +102,29 @@ def files_read(run: Run) -> dict[str, str]:
 
     By the name there; weights by the file's name, as in Pretrained.files.
     """
-    statistics = run.solver.get("statistics")
-    folder = statistics.get("folder") if isinstance(statistics, Mapping) else None
+    folder = run.statistics_folder
     names = [run.grid["path"]] if "path" in run.grid else []
     names += [f"{folder}/{part}.npz" for part in ("l", "sb")] if folder else []
     found = {str(name): resolve(str(name)) for name in names}
-    weights = Path(str(run.model.get("weights")))
+    weights = resolve(Path(str(run.model.get("weights"))).expanduser())
     return {name: sha256(path) for name, path in {**found, weights.name: weights}.items() if path.is_file()}
 
 
-def save_pictures(job: Job, run: Run, store: SampleStore) -> None:
+def save_pictures(job: Job, store: SampleStore) -> None:
     """What a complete run lacks of grid.png and, with save=png, of a file for each image: its last process may have
     died before it, or the run was made without them."""
-    path = run.folder / "grid.png"
+    path = job.run.folder / "grid.png"
     if not path.exists() and len(preview := store.first(PREVIEW)):
         save_grid(path, preview, columns=8)
     if job.save == "png":
         for seeds, images in store.batches("seeds", "images"):
-            save_pngs(run.folder / "png", seeds.tolist(), images)
+            save_pngs(job.run.folder / "png", seeds.tolist(), images)
 
 
-def sample_batches(
-    job: Job, run: Run, model: Pretrained, solver: Solver, grid: TimeGrid, seeds: range
-) -> Iterator[Generated]:
+def sample_batches(job: Job, model: Pretrained, solver: Solver, grid: TimeGrid, seeds: range) -> Iterator[Generated]:
     """The images of `seeds`, on the CPU, `job.batch` at a time."""
     assert isinstance(job.batch, int)
-    size = job.batch
+    run, size = job.run, job.batch
     looked_at = job.save != "none" or (job.protocol is not None and job.scored)
     drawing = model if looked_at else replace(model, decode=None)  # a decoder may cost as much as the network
 
@@ -162,8 +160,9 @@ def generate_as(
     )
 
 
-def batch_for(job: Job, run: Run, model: Pretrained, grid: TimeGrid) -> int:
+def batch_for(job: Job, model: Pretrained, grid: TimeGrid) -> int:
     """What `batch=auto` comes to for this network on this device."""
+    run = job.run
 
     @torch.no_grad()
     def call(n: int) -> Tensor:
@@ -196,9 +195,7 @@ class MadeShard:
     device: str
 
 
-def shard_of(
-    job: Job, run: Run, scorer: Scorer | None, seeds: range, batches: list[Generated], seconds: float
-) -> MadeShard:
+def shard_of(job: Job, scorer: Scorer | None, seeds: range, batches: list[Generated], seconds: float) -> MadeShard:
     """What `save` keeps of finished batches: images, or their features alone."""
     arrays: dict[str, np.ndarray] = {}
     if scorer is not None:
@@ -212,7 +209,7 @@ def shard_of(
         arrays["labels"] = np.concatenate(labels)
     if job.keeps_states:
         arrays["x"] = np.concatenate([batch.x.numpy() for batch in batches])
-    if job.save == "grid" and (kept := PREVIEW - (seeds.start - run.seeds[0])) > 0:
+    if job.save == "grid" and (kept := PREVIEW - (seeds.start - job.run.seeds[0])) > 0:
         arrays["preview"] = images[:kept]
     protocol = scorer.protocol.hash if scorer is not None else None
     nfe = max(batch.nfe for batch in batches)

@@ -25,7 +25,8 @@ from evodiff.store import SampleStore, Shard
 def check_scorable(job: Job) -> None:
     """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, or images
     that do not suit the protocol."""
-    if job.protocol and job.scored and current_record(job) is None:
+    current = current_record(job)  # of every job, for this raises what a damaged folder raises
+    if current is None and job.protocol and job.scored:
         if len(job.run.seed_range) < 2:
             seed = job.run.seeds[0]
             raise ConfigError(
@@ -45,20 +46,19 @@ def check_scorable(job: Job) -> None:
                     scorer.extracted(torch.zeros(1, *model.shape, dtype=torch.uint8))
 
 
-def score_run(job: Job, run: Run | None = None) -> Record:
+def score_run(job: Job) -> Record:
     """Score the images of a complete run.
 
     A score.json of these images that has what is asked is taken as it is; of another one all that still holds is kept.
     """
-    if record := current_record(job, run):
+    if record := current_record(job):
         return record
-    reference = job.reference_run if run is None else None
-    run = run or job.run
+    run, reference = job.run, job.reference
     use_cpu(job.threads)
-    store = store_of(job, run)
+    store = store_of(job)
     n = len(run.seed_range)
-    before = scored_before(job, run)
-    metrics, asked, files = still_true(before, reference) if before else ({}, [], {})
+    before = scored_before(job)
+    metrics, asked, files = still_true(before, job.reference_run) if before else ({}, [], {})
     if job.protocol and job.scored:
         files = files_used(job.protocol, job.device)
         scorer = Scorer(job.protocol, job.device, job.scored)
@@ -67,7 +67,7 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         metrics |= scorer.result()
     for name in job.metrics:
         if reference and name in AGAINST_REFERENCE:
-            metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(job, reference))
+            metrics[f"{name}@{n}"] = AGAINST_REFERENCE[name](store, store_of(reference))
         elif name in OF_IMAGES:
             values = [OF_IMAGES[name](images) for (images,) in store.batches("images")]
             metrics[f"{name}@{n}"] = float(np.concatenate(values).mean())
@@ -83,7 +83,7 @@ def score_run(job: Job, run: Run | None = None) -> Record:
         seconds=round(sum(shard.seconds for shard in store.shards), 3),
         weights=store.weights,
         shards=store.digests,
-        reference_run=reference.key() if reference else before.reference_run if before else None,
+        reference_run=reference.run.key() if reference else before.reference_run if before else None,
         device=", ".join(sorted({shard.device for shard in store.shards} - {""})) or device_name(job.device),
         versions=versions(),
         asked=list(dict.fromkeys([*asked, *job.metrics])),
@@ -93,18 +93,18 @@ def score_run(job: Job, run: Run | None = None) -> Record:
     return record
 
 
-def current_record(job: Job, run: Run | None = None) -> Record | None:
+def current_record(job: Job) -> Record | None:
     """The score.json of a run, if it is of the images that are there and has what is asked."""
-    reference = job.reference_run.key() if run is None and job.reference_run else None
-    record = scored_before(job, run or job.run)
+    reference = job.reference_run.key() if job.reference_run else None
+    record = scored_before(job)
     has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
     return record if has_all else None
 
 
-def scored_before(job: Job, run: Run) -> Record | None:
+def scored_before(job: Job) -> Record | None:
     """The score.json of a run, if it is of the images that are there, by the job's protocol."""
-    store = store_of(job, run)
-    path = run.folder / "score.json"
+    store = store_of(job)
+    path = job.run.folder / "score.json"
     if not path.exists() or store.missing():
         return None
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Set
 from fnmatch import filter as matching
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -49,7 +50,14 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[rang
     if (cfg.repeats or 1) > max(len(ranges), 1):
         many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
         raise ConfigError(f"repeats={cfg.repeats} is impossible: the table has {many}. Ask for fewer, or add seeds.")
-    return content, rows, tuple(parse_range(text) for text in ranges[: cfg.repeats])
+    seeds = tuple(parse_range(text) for text in ranges[: cfg.repeats])
+    for before, after in pairwise(sorted(seeds, key=lambda span: span.start)):
+        if after.start < before.stop:
+            raise ConfigError(
+                f"table {name}: seeds {before.start}-{before.stop - 1} and {after.start}-{after.stop - 1} overlap: an "
+                f"image would count twice. Give ranges without common seeds."
+            )
+    return content, rows, seeds
 
 
 def chosen(cfg: DictConfig, rows: dict[str, Row]) -> Set[tuple[str, int]]:
@@ -60,8 +68,9 @@ def chosen(cfg: DictConfig, rows: dict[str, Row]) -> Set[tuple[str, int]]:
     names, budgets = _asked(cfg, "rows", str), _asked(cfg, "nfe", int)
     for name in names or ():
         if not matching(rows, name):
+            quotes = " One with a comma needs quotes: \"rows=['NAME']\"." if any("," in row for row in rows) else ""
             raise ConfigError(
-                f"rows={name} is not in table {cfg.table.name}.{nearest(name, rows)} Rows: {'; '.join(rows)}."
+                f"rows={name} is not in table {cfg.table.name}.{nearest(name, rows)} Rows: {'; '.join(rows)}.{quotes}"
             )
     wanted = [row for row in rows.values() if names is None or any(matching([row.name], name) for name in names)]
     possible = sorted({nfe for row in wanted for nfe in row.nfe})

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from evodiff.paths import ROOT, resolve
+from evodiff.paths import resolve
 from evodiff.runs.run import Run
 
 if TYPE_CHECKING:
@@ -23,20 +23,22 @@ class Missing(NamedTuple):
 
 def missing_inputs(table: "Table") -> list[Missing]:
     """Of the cells that are to be made, in the order of the rows, each once."""
-    model = [override for override in table.base if override.startswith("model")]
-    return list(dict.fromkeys(m for job in table.todo.values() for m in _of_run(job.run, model)))
+    fields = [override for override in table.base if override.startswith("model.")]
+    runs = [job.run for job in table.todo.values()]
+    return list(dict.fromkeys(m for run in runs for m in _of_run(run, [f"model={run.model['name']}", *fields])))
 
 
-def make(missing: Missing) -> None:
+def make(missing: Missing, device: str) -> None:
     """Compute it. Raises EvodiffError."""
     from evodiff import ems, gits
 
-    {"stats": lambda argv: ems.main(argv[1:]), "gits": gits.main}[missing.argv[0]](list(missing.argv[1:]))
+    command, *rest = (*missing.argv, f"device={device}")
+    {"stats": lambda argv: ems.main(argv[1:]), "gits": gits.main}[command](rest)
 
 
 def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
-    """`model` are the overrides that choose the table's."""
-    folder = (run.solver.get("statistics") or {}).get("folder")
+    """`model` are the overrides that choose its model."""
+    folder = run.statistics_folder
     if folder and not resolve(f"{folder}/l.npz").exists():  # written last: a computation may have been broken off
         what = f"statistics {folder}"
         # the name says how many: NODES-SAMPLES, and the end time where it is not the schedule's
@@ -45,12 +47,12 @@ def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
             yield Missing(what, "l.npz and sb.npz of the guided model, as released with DPM-Solver-v3")
         else:
             end = [f"t_end={size[3]}"] if size[3] else []
-            argv = ("stats", "ems", *model, f"nodes={size[1]}", f"samples={size[2]}", *end, f"out={ROOT / folder}")
+            argv = ("stats", "ems", *model, f"nodes={size[1]}", f"samples={size[2]}", *end, f"out={resolve(folder)}")
             yield Missing(what, _command(argv), argv)
     if run.grid["name"] == "file" and not resolve(run.grid["path"]).exists():
         what, searched = f"grid {run.grid['path']}", f"gits_{run.model['name']}.json"
         if Path(run.grid["path"]).name == searched:
-            argv = ("gits", *model, "steps=4-25", f"out={run.grid['path']}")
+            argv = ("gits", *model, "steps=4-25", f"out={resolve(run.grid['path'])}")
             yield Missing(what, _command(argv), argv)
         else:  # under a mistyped name of someone's own grid nothing is to be invented
             yield Missing(what, f"a JSON file of times; a table computes only what is called {searched}")

@@ -33,11 +33,9 @@ def write(table: "Table") -> None:
 
 def copy_records(table: "Table") -> None:
     """Beside the pages, so that they can be committed and made again without the runs."""
-    keys = {job.run.key(): job for job in table.jobs.values()}
-    keys |= {key: job for key, (job, _) in table.references.items()}
-    for key, job in keys.items():
-        copy = table.folder / "records" / f"{key}.json"
-        record = table.record_of(job, key)
+    for job in (*table.jobs.values(), *table.references.values()):
+        copy = table.folder / "records" / f"{job.run.key()}.json"
+        record = table.record_of(job)
         if record is not None and record != _copied(copy):
             record.write(copy)
 

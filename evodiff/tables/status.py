@@ -12,7 +12,7 @@ from functools import partial
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, nearest
-from evodiff.errors import ConfigError, StoreError
+from evodiff.errors import ConfigError, EvodiffError, StoreError
 from evodiff.paths import ROOT
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.run import Run
@@ -34,14 +34,19 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"{name} is no table.{nearest(name, choices('table'))} Possible: {names()}.")
     tables = named or choices("table")
     with ProcessPoolExecutor(min(len(tables), os.cpu_count() or 1)) as pool:  # Hydra composes some ten cells a second
-        for lines in (map if len(tables) == 1 else pool.map)(partial(of_config, details=given.needs), tables):
+        failed = 0
+        for lines, error in (map if len(tables) == 1 else pool.map)(partial(of_config, details=given.needs), tables):
             print(*lines, sep="\n", flush=True)
-    return 0
+            failed |= error
+    return failed
 
 
-def of_config(name: str, details: bool = False) -> list[str]:
-    """What `evodiff status` says of the table of a configuration."""
-    return list(lines_of(Table.of_file(name), details))
+def of_config(name: str, details: bool = False) -> tuple[list[str], int]:
+    """What `evodiff status` says of the table of a configuration, and 1 if that cannot be read."""
+    try:
+        return list(lines_of(Table.of_file(name), details)), 0
+    except EvodiffError as e:
+        return [f"{name}: {e}"], 1
 
 
 def lines_of(table: Table, details: bool = False) -> Iterator[str]:
@@ -115,7 +120,7 @@ def unfinished(table: Table) -> list[Run]:
     """The runs without a record, those that others are compared with among them."""
     records = table.records
     cells = [job.run for place, job in table.jobs.items() if place not in records]
-    return cells + [run for key, (job, run) in table.references.items() if table.record_of(job, key) is None]
+    return cells + [job.run for job in table.references.values() if table.record_of(job) is None]
 
 
 def rates_of(table: Table) -> dict[str, dict[str, Rate]]:
@@ -150,7 +155,7 @@ def show_main(argv: list[str]) -> int:
     if row not in table.rows:
         raise ConfigError(f"row={row} is not in table {name}.{nearest(row, table.rows)} Rows: {'; '.join(table.rows)}.")
     cells = {str(cell.nfe): cell for cell in table.cells.values() if cell.row == row}
-    wanted = nfe.split(",") if nfe is not None else list(cells)
+    wanted = nfe.strip("[]").split(",") if nfe is not None else list(cells)
     if absent := [n for n in wanted if n not in cells]:
         has = ", ".join(cells)
         raise ConfigError(f"row {row} of table {name} has no cell at nfe={','.join(absent)}; it has {has}.")

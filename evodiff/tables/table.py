@@ -19,7 +19,6 @@ from evodiff.paths import results_folder
 from evodiff.plots import Curve
 from evodiff.runs.job import Job
 from evodiff.runs.record import Record
-from evodiff.runs.run import Run
 from evodiff.runs.sample import sample_run
 from evodiff.runs.score import check_scorable, current_record, score_run
 from evodiff.tables import inputs, pages, text, trajectory
@@ -146,13 +145,10 @@ class Table:
         return {place: job for place, job in self.jobs.items() if place[:2] in self.chosen}
 
     @cached_property
-    def references(self) -> dict[str, tuple[Job, Run]]:
-        """By key, the converged runs that the cells' rmse compares with, and a job that can make each."""
-        found: dict[str, tuple[Job, Run]] = {}
-        for job in self.jobs.values():
-            if job.reference_run is not None:
-                found.setdefault(job.reference_run.key(), (job, job.reference_run))
-        return found
+    def references(self) -> dict[str, Job]:
+        """By key, what makes the converged runs that the cells' rmse compares with."""
+        references = [job.reference for job in self.jobs.values()]
+        return {reference.run.key(): reference for reference in references if reference is not None}
 
     def make(self) -> int:
         """Sample and score what is missing, picture a trajectory of each method, write the pages and print the table.
@@ -165,10 +161,10 @@ class Table:
         self.make_inputs(failures)
         cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.todo.items()]
         cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
-        for job, run in self._references_of([job for _, job in cells]):
-            failures.attempt("reference run", _sample_and_score, job, run)
+        for reference in self._references_of([job for _, job in cells]):
+            failures.attempt("reference run", _sample_and_score, reference)
         for label, job in cells:
-            failures.attempt(label, _sample_and_score, job, None)
+            failures.attempt(label, _sample_and_score, job)
         failures.tell()
         pictures = Failures()  # without which a table is no less complete
         for row, job in trajectory.shown(self).items():
@@ -177,15 +173,16 @@ class Table:
         self.show()
         return int(bool(failures.reasons))
 
-    def _references_of(self, jobs: Sequence[Job]) -> list[tuple[Job, Run]]:
+    def _references_of(self, jobs: Sequence[Job]) -> list[Job]:
         """The converged runs that jobs without a current record are compared with, and those without a record."""
-        found: dict[str, tuple[Job, Run]] = {}
-        for job in jobs:
-            if (run := job.reference_run) is not None:
-                key = run.key()
-                if key not in found and (current_record(job) is None or self.record_of(job, key) is None):
-                    found[key] = (job, run)
-        return list(found.values())
+        pairs = [(job, reference) for job in jobs if (reference := job.reference) is not None]
+        return list(
+            {
+                reference.run.key(): reference
+                for job, reference in pairs
+                if current_record(job) is None or self.record_of(reference) is None
+            }.values()
+        )
 
     @property
     def computable(self) -> list[inputs.Missing]:
@@ -200,7 +197,7 @@ class Table:
         model = next(iter(self.jobs.values())).run.model["name"]
         with locked(results_folder() / "runs" / model, "inputs.lock"):
             for missing in self.computable:
-                failures.attempt(missing.what, inputs.make, missing)
+                failures.attempt(missing.what, inputs.make, missing, self.device)
 
     def show(self) -> None:
         """Write the pages, publish them and print the table, of what there is."""
@@ -221,28 +218,32 @@ class Table:
         """The records there are, of this table's protocol."""
         found = {}
         for place, job in self.jobs.items():
-            record = self.record_of(job, self.keys[place])
+            record = self.record_of(job)
             if record is not None:
                 found[place] = record
         return found
 
-    @cached_property
+    @property
     def keys(self) -> dict[tuple[str, int, int], str]:
         return {place: job.run.key() for place, job in self.jobs.items()}
 
-    def record_of(self, job: Job, key: str | None = None) -> Record | None:
+    def record_of(self, job: Job) -> Record | None:
         """A run's score.json in its folder, or the copy committed with the table, also with the whole one of which this
-        is a part; None if none is there, or if it was scored by another protocol, or lacks a metric."""
-        key = key or job.run.key()
+        is a part; None if none is there, or if it was scored by another protocol, lacks a metric, or has its errors
+        from another reference run."""
         wanted = job.protocol.hash if job.protocol else None
-        run_folder = results_folder() / "runs" / job.run.model["name"] / key
-        copies = [folder / "records" / f"{key}.json" for folder in (self.folder, self.folder.with_name(self.config))]
-        for path in (run_folder / "score.json", *copies):
-            if path.exists():
-                record = _read_record(path, path.stat().st_mtime_ns)
-                same = record is not None and (record.protocol or {}).get("hash") == wanted
-                if record is not None and same and {*job.metrics} <= {*record.asked}:
-                    return record
+        reference = job.reference_run.key() if job.reference_run else None
+        name = f"{job.run.key()}.json"
+        copies = [folder / "records" / name for folder in (self.folder, self.folder.with_name(self.config))]
+        for path in filter(Path.exists, (job.run.folder / "score.json", *copies)):
+            record = _read_record(path, path.stat().st_mtime_ns)
+            if (
+                record is not None
+                and (record.protocol or {}).get("hash") == wanted
+                and {*job.metrics} <= {*record.asked}
+                and reference in (None, record.reference_run)
+            ):
+                return record
         return None
 
     @property
@@ -306,7 +307,7 @@ class Table:
         """Whether a metric of so many images has another number of them than the papers' or the protocol's."""
         protocol = next(iter(self.jobs.values())).protocol
         wanted = protocol.n if protocol is not None and self.published else None
-        return self.limit is not None or wanted not in (None, images)
+        return images == self.limit or wanted not in (None, images)
 
     def curves(self, metric: str) -> dict[str, Curve]:
         """For the figures: ours with their confidence, and the papers'."""
@@ -332,9 +333,10 @@ class Table:
                 floor = None
             if floor is not None:
                 found["noise floor"] = floor["distance"]
-        runs = [run for _, run in self.references.values()]
+        runs = [job.run for job in self.references.values()]
         if all(replace(run, seeds=runs[0].seeds) == runs[0] for run in runs):
-            records = [record for key in self.references if (record := self.record_of(job, key)) is not None]
+            found_of = [self.record_of(reference) for reference in self.references.values()]
+            records = [record for record in found_of if record is not None]
             if values := [record.metrics[metric] for record in records if metric in record.metrics]:
                 found[f"{records[0].run['solver']['name']} at NFE {records[0].nfe}"] = fmean(values)
         return found
@@ -365,9 +367,9 @@ def _read_record(path: Path, written: int) -> Record | None:
         return None
 
 
-def _sample_and_score(job: Job, run: Run | None) -> None:
+def _sample_and_score(job: Job) -> None:
     """A record after every run: of a table that is broken off, what was made is seen. The network stays loaded, and so
     does the extractor (evodiff.runs.loaded, evodiff.metrics.score)."""
-    if not sample_run(job, run):
+    if not sample_run(job):
         raise EvodiffError("another process still works on it")
-    score_run(job, run)
+    score_run(job)

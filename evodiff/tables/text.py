@@ -81,7 +81,7 @@ def latex(table: "Table") -> str:
 def _grid(
     table: "Table", metric: str, strong: Callable[[str], str], missing: str, escape: Callable[[str], str] = str
 ) -> list[tuple[str, list[str]]]:
-    """Rows that have this metric or a paper's number, with every column's text."""
+    """Every row with the text of each column."""
     verdicts, lead = table.verdicts(metric), best(table, metric)
     grid = []
     for row in table.rows:
