@@ -198,22 +198,31 @@ def table_main(argv: list[str]) -> int:
 def launch_table(table: "Table", launcher: Any) -> int:
     """Make a table's runs by a launcher, then its pages, also where runs failed. Returns the exit code.
 
-    What cells read is computed by a job before them, for this machine may be one without a GPU.
+    This machine may be one without a GPU: what cells read is computed by a job before them, and what is then left, like
+    trajectories, by one after them.
     """
     if table.computable:
-        ((_, outcome),) = launcher.launch(failures_of_inputs, [table])
-        for line in [f"what {table.name} reads: {outcome.reason}"] if isinstance(outcome, Died) else outcome:
-            print(f"evodiff: {line}", file=sys.stderr)
-    if failures := launch(RUN, overrides_of(table), launcher):
-        table.show()
-        return failures
-    return table.make()
+        launch_part(f"what {table.name} reads", table.make_inputs, launcher)
+    failures = launch(RUN, overrides_of(table), launcher)
+    if not failures and table.unfinished:
+        failures = launch_part(f"what is left of {table.name}", table.make_runs, launcher)
+    table.show()
+    return failures
 
 
-def failures_of_inputs(table: "Table") -> list[str]:
-    """In a worker: make what the cells read; returns why some of it cannot be had."""
+def launch_part(label: str, part: Callable[[Failures], None], launcher: Any) -> int:
+    """Do a part of a table in one job; returns 1 if some of it fails, and tells why."""
+    ((_, outcome),) = launcher.launch(failures_of, [part])
+    lines = [f"{label}: {outcome.reason}"] if isinstance(outcome, Died) else outcome
+    for line in lines:
+        print(f"evodiff: {line}", file=sys.stderr)
+    return int(bool(lines))
+
+
+def failures_of(part: Callable[[Failures], None]) -> list[str]:
+    """In a worker: do it; returns why some of it fails."""
     failures = Failures()
-    table.make_inputs(failures)
+    part(failures)
     return failures.lines
 
 

@@ -11,7 +11,7 @@ from small_tables import BASE, bytes_of, out_of_memory
 from evodiff.commands import overrides_of
 from evodiff.errors import ConfigError
 from evodiff.tables import table as table_module
-from evodiff.tables import text
+from evodiff.tables import text, trajectory
 from evodiff.tables.failures import Failures
 from evodiff.tables.inputs import missing_inputs
 
@@ -242,6 +242,17 @@ def test_it_is_of_the_cells_model_and_on_the_tables_device(small, monkeypatch):
     monkeypatch.setattr("evodiff.gits.main", asked.append)
     table.make_inputs(Failures())
     assert [argv[-1] for argv in asked] == ["device=cpu"] * 2
+
+
+def test_a_launcher_computes_what_is_left_too(evodiff_command, results, monkeypatch):
+    """Scores of reference runs and trajectories, for this machine may be one without a GPU."""
+    monkeypatch.setattr(trajectory, "trajectory", out_of_memory)
+    monkeypatch.setattr(table_module, "score_run", out_of_memory)
+    smoke = ["table", "smoke", "table.nfe=[5]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
+    code, out, err = evodiff_command(*smoke)
+    assert code == 0, err
+    assert "4 of 4 cells done" in out and "heun at NFE 79" in out
+    assert len([*results.rglob("trajectory.npz")]) == 4
 
 
 def test_a_grid_of_ones_own_that_is_not_there_is_not_invented(small, tmp_path, capsys):

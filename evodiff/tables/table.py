@@ -151,27 +151,40 @@ class Table:
         return {reference.run.key(): reference for reference in references if reference is not None}
 
     def make(self) -> int:
-        """Sample and score what is missing, picture a trajectory of each method, write the pages and print the table.
+        """Make what is missing, write the pages and print the table.
 
-        A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1. What
-        cells read and can be computed is made first, then what they are compared with; what cannot be scored is not
-        sampled.
+        A failing cell does not end the others, whatever it raises; its reason is printed and the exit code is 1.
         """
         failures = Failures()
         self.make_inputs(failures)
+        self.make_runs(failures)
+        failures.tell()
+        self.show()
+        return int(bool(failures.reasons))
+
+    def make_runs(self, failures: Failures) -> None:
+        """Sample and score what cells are compared with, then the cells, and picture a trajectory of each method.
+
+        What cannot be scored is not sampled. A trajectory that fails is told, and is no failure of the table.
+        """
         cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.todo.items()]
         cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
         for reference in self._references_of([job for _, job in cells]):
             failures.attempt("reference run", _sample_and_score, reference)
         for label, job in cells:
             failures.attempt(label, _sample_and_score, job)
-        failures.tell()
-        pictures = Failures()  # without which a table is no less complete
+        pictures = Failures()
         for row, job in trajectory.shown(self).items():
             pictures.attempt(f"trajectory of {row}", trajectory.make, job)
         pictures.tell()
-        self.show()
-        return int(bool(failures.reasons))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `make_runs` has something to do when the cells are done: reference runs without a score, or
+        trajectories."""
+        return bool(self._references_of([*self.todo.values()])) or any(
+            map(trajectory.is_missing, trajectory.shown(self).values())
+        )
 
     def _references_of(self, jobs: Sequence[Job]) -> list[Job]:
         """The converged runs that jobs without a current record are compared with, and those without a record."""

@@ -60,9 +60,13 @@ def shown(table: "Table") -> dict[str, Job]:
     return {cell.row: cell.jobs[0] for cell in table.cells.values() if cell.nfe == nfe}
 
 
+def is_missing(job: Job) -> bool:
+    return job.run.folder.exists() and not store_of(job).missing() and _read(job) is None
+
+
 def make(job: Job) -> None:
     """The trajectory of a run into its folder, if the run is here and its trajectory is not."""
-    if not job.run.folder.exists() or store_of(job).missing() or _read(job) is not None:
+    if not is_missing(job):
         return
     # a network compiled for the run's batches would be compiled anew for this single image
     with loaded(job.run, job.device) as model, torch.compiler.set_stance("force_eager"):
