@@ -149,6 +149,10 @@ def named_solver(name: str, **fields: Any) -> Solver:
     if unknown := sorted(fields.keys() - config.keys()):
         possible = ", ".join(key for key in config if key not in ("name", "_target_")) or "none"
         raise ConfigError(f"solver={name} has no field {', '.join(unknown)}. Possible: {possible}.")
+    if missing := [key for key, value in {**config, **fields}.items() if isinstance(value, str) and value == "???"]:
+        raise ConfigError(
+            f"solver={name} needs {', '.join(missing)}: give an object, or named_solver({name!r}, {missing[0]}=...)."
+        )
     objects = {key: value for key, value in fields.items() if not isinstance(value, PLAIN)}
     if not objects:
         return build({**config, **fields})
@@ -175,7 +179,7 @@ def _spacing(grid: Any) -> Spacing:
         times = tuple(map(float, grid))
     except (TypeError, ValueError):
         times = ()
-    if not times:
+    if len(times) < 2:
         raise ConfigError(
             f"grid={shown(grid)} is impossible: give the name of a grid, an object with times(n, schedule, t_start, "
             f"t_end) like Karras(), or the falling times of the model's schedule themselves, n + 1 for n steps."

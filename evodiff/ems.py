@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from evodiff.checkpoints.integrity import read_json
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.files import whole_file
@@ -160,12 +161,13 @@ def compute(
     sums = torch.zeros(len(PRODUCTS), len(grid.nodes), *model.shape, dtype=torch.float64)
     done, wanted = 0, json.dumps(identity, sort_keys=True)
     if partial.exists():
-        with np.load(partial) as file:
-            if str(file["identity"]) != wanted:
-                raise ConfigError(
-                    f"{partial} is of another computation: {file['identity']}. Remove it, or set another out."
-                )
-            sums, done = torch.from_numpy(file["sums"]), int(file["done"])
+        try:
+            with np.load(partial) as file:
+                before, sums, done = str(file["identity"]), torch.from_numpy(file["sums"]), int(file["done"])
+        except Exception as e:  # what numpy and zipfile raise of a damaged file has no end
+            raise ConfigError(f"{partial} cannot be read ({e}). Remove it to begin anew.") from e
+        if before != wanted:
+            raise ConfigError(f"{partial} is of another computation: {before}. Remove it, or set another out.")
     with progress("stats ems", samples - done, "samples") as advance:
         while done < samples:
             seeds = range(done, min(done + batch, samples))
@@ -202,13 +204,15 @@ def main(argv: list[str]) -> int:
         **({"precision": cfg.precision} if cfg.precision != "fp32" else {}),
     }
     folder = Path(given["out"] or CHECKPOINTS / cfg.model.name / "ems")
-    partial = folder / "partial.npz"
+    partial, about = folder / "partial.npz", folder / "ems.json"
+    if about.exists() and read_json(about) != json.loads(json.dumps(identity)):
+        raise ConfigError(f"{folder} holds statistics of another computation ({about}). Set another out.")
     with products(cfg.precision):
         statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
     save(folder, statistics)
-    with whole_file(folder / "ems.json") as temporary:
+    with whole_file(about) as temporary:
         temporary.write_text(json.dumps(identity, indent=1) + "\n")
-    partial.unlink()
+    partial.unlink(missing_ok=True)  # another process may have ended before
     print(
         f"{folder}: l.npz, sb.npz of {given['samples']} samples at {given['nodes'] + 1} half-log-SNRs. Use them with "
         f"solver=dpm_v3 'solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}'"

@@ -79,6 +79,8 @@ def _fields(solver: type[Any]) -> dict[str, Any]:
     """Fields that a command line can set, with their defaults; `???` where there is none."""
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(solver):
+        if not field.init:
+            continue
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             fields[field.name] = "???"
         elif isinstance(field.default, bool | int | float | str | None):

@@ -15,6 +15,10 @@ ADM = {
     **{"attention_resolutions": [2], "channel_mult": [1, 1], "num_classes": 4, "num_head_channels": 16},
     **{"use_scale_shift_norm": True, "resblock_updown": True},
 }
+CLASSIFIER = {key: value for key, value in ADM.items() if key != "num_classes"} | {
+    "out_channels": 4,
+    "pool": "attention",
+}
 DDIM = {
     "model": {
         **{"in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [4]},

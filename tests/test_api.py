@@ -126,6 +126,18 @@ def test_a_grid_may_be_the_times_themselves(array):
     assert torch.allclose(given.x, evodiff.sample("mixture", nfe=3, seeds=range(2), grid=Listed()).x, atol=1e-6)
 
 
+def test_one_time_is_no_grid():
+    with pytest.raises(ConfigError, match=r"grid=\[3.0\] is impossible: .* n \+ 1 for n steps"):
+        evodiff.sample("mixture", nfe=1, seeds=range(2), grid=[3.0])
+
+
+def test_numbers_of_numpy_are_numbers():
+    for mu in np.linspace(0.3, 0.5, 2):
+        assert named_solver("evodiff", mu=mu).mu == mu
+    with pytest.raises(ConfigError, match="mu=True is impossible"):
+        named_solver("evodiff", mu=True)
+
+
 class Listed:
     def times(self, n, schedule, t_start, t_end):
         return [40.0, 9.0, 1.0, 0.01]

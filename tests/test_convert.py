@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import ADM, DDIM, SCORE_SDE, equal, official_edm_pickle, saved, weights
+from checkpoint_files import ADM, CLASSIFIER, DDIM, SCORE_SDE, equal, official_edm_pickle, saved, weights
 
 from evodiff.checkpoints import checkpoint as module
 from evodiff.checkpoints import load
@@ -17,6 +17,8 @@ from evodiff.checkpoints.description import Description, described_in, fingerpri
 from evodiff.checkpoints.pickles import read_edm, read_torch
 from evodiff.cli import main
 from evodiff.errors import CheckpointError, ConfigError, StoreError
+from evodiff.models.edm import edm
+from evodiff.models.guided_diffusion import guided_diffusion
 from evodiff.models.loading import load_network
 from evodiff.models.networks import build
 
@@ -74,6 +76,31 @@ def test_score_sde_takes_the_nameless_averages(tmp_path, zipped):
     assert found.schedule == {"type": "EDM", "t_start": 50.0, "t_end": 0.01}
     raw = load(convert(path, tmp_path / "raw.safetensors", Description("score_sde", SCORE_SDE), ema=False))
     assert equal(raw.tensors, model)
+
+
+def test_weights_kept_in_float64_compute_in_float32(tmp_path):
+    double = {name: weight.double() for name, weight in weights("guided_diffusion", ADM).items()}
+    file = convert(saved(tmp_path / "a.pt", double), description=Description("", ADM))
+    model = guided_diffusion(str(file))
+    x, node = torch.zeros(1, *model.shape), model.schedule.node(0.5)
+    assert model.denoiser(torch.tensor([1]))(x, node).dtype == torch.float32
+
+
+def test_a_network_and_its_classifier_of_one_name_are_two_files(tmp_path):
+    """guided-diffusion's trainers call both model100000.pt."""
+    names = {}
+    for kind, config in (("guided_diffusion", ADM), ("guided_diffusion_classifier", CLASSIFIER)):
+        (tmp_path / kind).mkdir()
+        source = saved(tmp_path / kind / "model100000.pt", weights(kind, config))
+        names[kind] = str(convert(source, source.with_suffix(".safetensors"), Description(kind, config)))
+    files = guided_diffusion(*names.values()).files
+    assert sorted(files) == ["classifier/model100000.safetensors", "model100000.safetensors"]
+
+
+def test_the_name_of_a_schedule_is_none_of_an_edm_network(tmp_path):
+    file = str(convert(official_edm_pickle(tmp_path)))
+    with pytest.raises(ConfigError, match=r"schedule='edm' is no noise schedule; expected null, EDM's own"):
+        edm(file, schedule="edm")
 
 
 def test_networks_go_to_devices_without_float64(tmp_path, mps):

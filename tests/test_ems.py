@@ -205,6 +205,22 @@ def test_the_command_writes_what_the_solver_loads(tmp_path, evodiff_command):
     assert np.load(out / "l.npz")["l"].dtype == np.float32
 
 
+def test_finished_statistics_of_another_computation_stay(tmp_path, evodiff_command):
+    arguments = ("stats", "ems", "model=mixture", "nodes=4", f"out={tmp_path}", "device=cpu")
+    assert evodiff_command(*arguments, "samples=2")[0] == 0
+    before = (tmp_path / "l.npz").read_bytes()
+    assert evodiff_command(*arguments, "samples=2")[0] == 0
+    code, _, err = evodiff_command(*arguments, "samples=3")
+    assert code == 1 and "holds statistics of another computation" in err
+    assert (tmp_path / "l.npz").read_bytes() == before
+
+
+def test_a_damaged_beginning_is_said(tmp_path, evodiff_command):
+    (tmp_path / "partial.npz").touch()
+    code, _, err = evodiff_command("stats", "ems", "model=mixture", "nodes=4", "samples=2", f"out={tmp_path}")
+    assert code == 1 and "partial.npz cannot be read" in err and "Remove it to begin anew" in err
+
+
 @pytest.mark.parametrize("setting", ["nodes=1", "samples=0", "batch=x", "solver=nonsense", "model=mixtur"])
 def test_impossible_settings_are_one_line(setting, evodiff_command, tmp_path):
     code, _, err = evodiff_command("stats", "ems", "model=mixture", f"out={tmp_path / 'ems'}", setting)

@@ -5,6 +5,7 @@ import torch
 from exact import SHORT_EDM, VP, grid, mixture, order, start
 
 from evodiff.errors import ConfigError
+from evodiff.grid import TimeGrid
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM
 from evodiff.solvers.base import Past
@@ -74,6 +75,19 @@ def test_the_papers_correction_line_by_line():
         zeta = torch.sigmoid(-(zeta_star.abs() - 0.5))
         expected = ddim(0.8 * x[k], D[1][k], s, t) + t.sigma * 0.5 * h**2 * zeta * B
         torch.testing.assert_close(out[k], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 8])
+def test_vp_and_edm_agree_also_where_zeta_is_limited(steps):
+    """On ten far components alpha is small where the released limit acts, so that a limit in the units of x would act
+    elsewhere."""
+    on_vp = grid(steps, VP)
+    on_edm = TimeGrid.at([node.kappa for node in on_vp.nodes], EDM(t_start=1e4))
+    x = start(VP, shape=(3, 8, 8))
+    a, b = (mixture(schedule, (3, 8, 8), components=10) for schedule in (VP, EDM(t_start=1e4)))
+    on_vp_end = integrate(EVODiff(), a, x, on_vp) / on_vp.nodes[-1].alpha
+    on_edm_end = integrate(EVODiff(), b, x / on_vp.nodes[0].alpha, on_edm)
+    torch.testing.assert_close(on_vp_end, on_edm_end, rtol=1e-9, atol=1e-9)
 
 
 def test_ratio_of_nothing_is_nothing():

@@ -175,6 +175,8 @@ def test_listed_timesteps_and_sigmas():
         ({"timesteps": [10, 20]}, "must fall strictly"),
         ({"timesteps": [999, 500, 0]}, 'timestep 0, is no earlier than the end of .* set final_sigmas_type="zero"'),
         ({"sigmas": [1.0, 0.0, 0.5]}, "only the last may be 0"),
+        ({"sigmas": [800.0, 5.0, 0.1]}, r"timestep 1\d+.* is outside the trained ones, 0 to 999"),
+        ({"sigmas": [14.6, 5.0, 0.002, 0.0]}, "timestep -0.8.* is outside the trained ones"),
     ],
 )
 def test_impossible_nodes(nodes, message):

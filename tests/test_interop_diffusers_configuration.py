@@ -26,6 +26,22 @@ FOREIGN = {
 }
 
 
+CONTINUOUS = {"timestep_type": "continuous", "prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0}
+"""As of Stable Video Diffusion."""
+
+
+def test_continuous_timesteps_are_those_of_a_preconditioned_network():
+    theirs = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear", **CONTINUOUS)
+    ours = EVODiffScheduler.from_config(theirs.config)
+    theirs.set_timesteps(6)
+    ours.set_timesteps(6)
+    assert (ours.init_noise_sigma, ours.timesteps[0].item()) == pytest.approx((700, theirs.timesteps[0].item()))
+    x, out = noise() * 700, noise(range(3, 6))
+    x_0 = theirs.step(out, theirs.timesteps[0], x).pred_original_sample
+    node = ours.process.schedule.node(ours.process.t_of_timestep(ours.timesteps[0].item()))
+    torch.testing.assert_close(ours.process.data(x, out, node), x_0, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_any_schedulers_configuration_gives_a_sampler_of_its_process(name, caplog):
     """A perfect network of that process ends at the mixture's modes, and the configuration survives the way back."""
@@ -53,6 +69,10 @@ def test_any_schedulers_configuration_gives_a_sampler_of_its_process(name, caplo
         ({"timestep_spacing": "log"}, "timestep_spacing=log does not exist; possible: linspace"),
         ({"solver_fields": {"moo": 1}}, "solver=evodiff has no field moo"),
         ({"prediction_type": "sample", "sigma_data": 0.5}, "prediction_type=sample with sigma_data"),
+        ({"_class_name": "EulerDiscreteScheduler", **CONTINUOUS, "prediction_type": "epsilon"}, "timestep_type=contin"),
+        ({"_class_name": "EulerDiscreteScheduler", **CONTINUOUS, "sigma_max": None}, "timestep_type=continuous"),
+        ({"_class_name": "CogVideoXDPMScheduler", "snr_shift_scale": 3.0}, "with snr_shift_scale shifts its noise"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.02}, "with shift_terminal stretches"),
     ],
 )
 def test_configurations_that_cannot_be_right_are_refused(config, message):

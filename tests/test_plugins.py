@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_a_decorated_class_is_a_choice_at_once_and_its_fields_without_default_mu
     assert compose("run", ["solver=own", "solver.scale=2"]).solver.scale == 2
     with pytest.raises(ConfigError, match=r"solver\.scale must be given"):
         compose("run", ["solver=own"])
+
+
+@dataclass(frozen=True)
+class Odd(Own):
+    anything: Any = None
+    counted: int = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "counted", 3)
+        super().__post_init__()
+
+
+def test_fields_that_no_caller_sets_and_fields_of_any_type(clean):
+    evodiff.register_solver("odd")(Odd)
+    assert named_solver("odd", scale=2.0, anything=[1]).counted == 3
+    with pytest.raises(ConfigError, match=r"solver=odd needs scale: give an object, or named_solver\('odd'"):
+        named_solver("odd")
 
 
 def test_what_cannot_be_registered(clean):

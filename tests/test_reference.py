@@ -13,7 +13,7 @@ from evodiff.files import sha256
 from evodiff.metrics import datasets
 from evodiff.metrics import score as scoring
 from evodiff.metrics.build import build_reference, noise_floor
-from evodiff.metrics.cli import stats_main
+from evodiff.metrics.cli import score_path_main, stats_main
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
@@ -205,6 +205,32 @@ def test_build_from_a_folder_and_score_it_as_zero(tmp_path, capsys):
     with pytest.raises(ConfigError, match="device=nonsense is not available here"):
         stats_main(["build", "mnist", "--device", "nonsense"])
     assert stats_main(["build", str(folder), "--protocol", "mnist", "--out", str(out), "--device", "auto"]) == 0
+
+
+@pytest.mark.parametrize("command", ["build", "convert", "score"])
+def test_a_name_without_its_ending_is_refused_before_the_work(tmp_path, command):
+    """NumPy would add it, and the file would not be where it is looked for."""
+    given = {
+        "build": lambda: stats_main(["build", "mnist", "--out", str(tmp_path / "ref")]),
+        "convert": lambda: stats_main(["convert", str(tmp_path / "nothing.npz"), str(tmp_path / "ref")]),
+        "score": lambda: score_path_main([f"path={tmp_path}", "protocol=mnist", f"moments={tmp_path / 'ref'}"]),
+    }
+    with pytest.raises(ConfigError, match=r"ref must have a name that ends in .npz"):
+        given[command]()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_trial_of_statistics_does_not_take_the_place_of_the_true_ones(tmp_path):
+    with pytest.raises(ConfigError, match="--limit makes statistics for a trial: say with --out where they go"):
+        stats_main(["build", "mnist", "--limit", "10"])
+    assert stats_main(["build", "mnist", "--limit", "10", "--out", str(tmp_path / "few.npz")]) == 0
+
+
+def test_statistics_are_of_images_rounded_as_the_protocol_says(tmp_path):
+    np.savez(tmp_path / "floats.npz", images=np.full((4, 8, 8), 10.7))
+    for rounding, grey in (("round", 11), ("truncate", 10)):
+        batches, _ = datasets.dataset_batches(str(tmp_path / "floats.npz"), tmp_path, 1, rounding=rounding)
+        assert {*torch.cat([*batches]).unique().tolist()} == {grey}
 
 
 def test_crops_of_faces_are_told_apart_by_name():

@@ -1,6 +1,8 @@
 """The manifest is well formed and its networks are the published ones; the commands say what is here and what to do."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,6 +243,14 @@ def test_the_doctor_finds_shipped_files_that_changed(tmp_path, monkeypatch, caps
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "mnist_tiny" in out and "fd_mnist.npz is not the file that mnist.yaml was made with" in out
+
+
+def test_the_doctor_passes_over_a_protocol_that_states_no_hash(tmp_path, monkeypatch, capsys):
+    shutil.copytree(doctor.CONFIGS, tmp_path / "configs")
+    mnist = tmp_path / "configs/protocol/mnist.yaml"
+    mnist.write_text(re.sub(r"(extractor_sha256): \w+", r"\1: null", mnist.read_text()))
+    monkeypatch.setattr(doctor, "CONFIGS", tmp_path / "configs")
+    assert [finding.level for finding in doctor._shipped() if finding.topic == "mnist"] == ["ok"]
 
 
 def test_the_doctor_without_network_and_with_a_broken_download(monkeypatch, capsys):

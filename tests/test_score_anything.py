@@ -1,5 +1,7 @@
 import json
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -35,6 +37,52 @@ def save_png(folder, images):
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(folder / f"{i:03d}.png")
     return folder
+
+
+def test_a_folder_is_searched_through_links_and_not_in_hidden_places(tmp_path, digits):
+    save_png(tmp_path / "images" / ".ipynb_checkpoints", digits[:2])
+    save_png(tmp_path / "elsewhere", digits[2:5])
+    (tmp_path / "images" / "threes").symlink_to(tmp_path / "elsewhere")
+    assert torch.equal(torch.cat([*read_images(tmp_path / "images", 1)]), digits[2:5])
+
+
+def test_what_cannot_be_read_of_a_folder_a_zip_or_moments_is_named(tmp_path, digits):
+    folder = save_png(tmp_path / "images", digits[:2])
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(MetricError, match=r"gone.png cannot be read: No such file"):
+        [*read_images(folder, 1)]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(range(256)) * 40)
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[60:80] = b"\xff" * 20
+    (tmp_path / "images.zip").write_bytes(content)
+    with pytest.raises(MetricError, match=r"a.png in .*images.zip cannot be read"):
+        [*read_images(tmp_path / "images.zip", 1)]
+    moments = tmp_path / "moments.npz"
+    np.savez(moments, n=4, total=np.zeros(64), outer=np.zeros((64, 64)), made_by="x")
+    content = bytearray(moments.read_bytes())
+    content[len(content) // 2] ^= 1
+    moments.write_bytes(content)
+    with pytest.raises(MetricError, match="holds no moments"):
+        Moments.load(moments)
+
+
+def test_colours_of_16_bits_are_refused(tmp_path):
+    """Pillow has no such images and keeps their high bytes; so the file is written by hand."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + bytes(12) for _ in range(2))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(png)
+    with pytest.raises(MetricError, match="has mode RGB, of 16 bits, but this protocol scores 8-bit RGB images"):
+        [*read_images(tmp_path, 3)]
+
+
+def test_a_protocol_may_be_given_another_name():
+    assert protocol("mnist", name="mine").name == "mine"
 
 
 def test_score_streams_and_says_n(digits):

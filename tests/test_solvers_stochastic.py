@@ -10,6 +10,7 @@ from evodiff.grid import LogSNR, TimeGrid, TimeUniform, grid_for
 from evodiff.noise import SeededNoise
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, CosineVP, Flow, LinearVP
+from evodiff.solvers.bdia import BDIA
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.ddpm import DDPM
 from evodiff.solvers.dpm_solver_v3 import DPMSolverV3
@@ -247,6 +248,12 @@ def test_drift_is_that_of_the_sde(t):
     assert drift(EDM(), EDM().node(t)) == pytest.approx((0.0, 2 * t), rel=1e-7)
 
 
+def test_drift_where_alpha_ends():
+    """Of a flow f = -1 / (1 - t) and g^2 = 2 t / (1 - t), whose pole is near its start."""
+    t = Flow().t_start
+    assert drift(Flow(), Flow().node(t)) == pytest.approx((-1 / (1 - t), 2 * t / (1 - t)), rel=1e-6)
+
+
 def test_euler_maruyama_starts_at_the_last_time_of_a_cosine_and_of_a_flow():
     """There is no time after it for a central difference, and the exact drift is infinite."""
     for schedule, t_start in ((CosineVP(), 1.0), (Flow(), 1 - 1e-5)):
@@ -329,6 +336,7 @@ def test_a_stochastic_solver_without_noise_is_refused(solver):
         (lambda: PredictorCorrector(snr=0), "snr=0.*above 0"),
         (lambda: PredictorCorrector(corrector_steps=0), "corrector_steps=0"),
         (lambda: PredictorCorrector(predictor=ProbabilityFlow()), "predictor=ProbabilityFlow"),
+        (lambda: PredictorCorrector(predictor=BDIA()), "predictor=BDIA .* steps from an earlier state"),
         (lambda: PredictorCorrector(predictor=UniPC()), "predictor=UniPC has a corrector"),
         (lambda: PredictorCorrector(predictor=DPMSolverV3()), "predictor=DPMSolverV3 has a corrector"),
         (lambda: PredictorCorrector(predictor=Teleport(UniPC())), "predictor=Teleport has a corrector"),

@@ -228,6 +228,13 @@ def test_the_unconditional_branch_may_have_a_label():
     assert torch.allclose(guided, ratio * (4 + 2 * (torch.tensor([1.0, 3.0]) - 4)))
 
 
+def test_without_an_unconditional_branch_guidance_says_so():
+    model = evodiff.wrap(Embedded(), num_classes=4, **OWN)
+    with pytest.raises(ConfigError, match="no unconditional|unconditional branch"):
+        evodiff.sample(model, "ddim", nfe=2, seeds=range(2), guidance=ClassifierFree(2.0))
+    assert evodiff.wrap(Tiny(), num_classes=4, **OWN).unconditional
+
+
 @pytest.mark.parametrize("lacking", [{"num_classes": 6}, {"num_classes": 4, "null_label": 5}])
 def test_labels_that_the_network_has_no_embedding_for_are_refused(lacking):
     with pytest.raises(ConfigError, match="the model fails on .* IndexError"):

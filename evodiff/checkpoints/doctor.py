@@ -94,9 +94,10 @@ def _shipped() -> Iterator[Finding]:
     for path in sorted((CONFIGS / "protocol").glob("*.yaml")):
         protocol = read_yaml(path) or {}
         classifiers = sorted((CHECKPOINTS / str(protocol.get("extractor"))).glob("*.safetensors"))
-        reference = [CHECKPOINTS / protocol["reference"]] if protocol.get("reference_sha256") else []
-        digests = [(file, protocol["reference_sha256"]) for file in reference]
-        digests += [(file, protocol["extractor_sha256"]) for file in classifiers]
+        reference = [CHECKPOINTS / protocol["reference"]] if protocol.get("reference") else []
+        stated = [(file, protocol.get("reference_sha256")) for file in reference]
+        stated += [(file, protocol.get("extractor_sha256")) for file in classifiers]
+        digests = [(file, str(digest)) for file, digest in stated if digest is not None]
         wrong = [file for file, digest in digests if not file.is_file() or not sha256(file).startswith(digest)]
         for file in wrong:
             text = f"{file} is not the file that {path.name} was made with. Restore it: `git checkout {file}`."

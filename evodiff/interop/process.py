@@ -203,9 +203,22 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config.get("_class_name", "this scheduler")
     if config.get("invert_sigmas"):
         raise ConfigError(f"{name} with invert_sigmas counts its times the other way round, which is not known here.")
+    if config.get("snr_shift_scale", 1.0) != 1.0:
+        raise ConfigError(f"{name} with snr_shift_scale shifts its noise schedule, which is not known here.")
+    if config.get("shift_terminal"):
+        raise ConfigError(
+            f"{name} with shift_terminal stretches its times, which is not known here. Give the sigmas it would use: "
+            f"set shift_terminal to None, and call set_timesteps(sigmas=...)."
+        )
     unknown = f"the noise schedule of {name} is not known here; possible: VP (betas), flow matching, EDM."
     meant = {key: config[key] for key in OF_THE_PROCESS if key in config}
-    if config.get("sigma_data") is not None:
+    if config.get("timestep_type") == "continuous":
+        if config.get("prediction_type") != "v_prediction" or config.get("sigma_max") is None:
+            raise ConfigError(
+                f"{name} with timestep_type=continuous is known here with prediction_type=v_prediction and a sigma_max."
+            )
+        meant |= {"sigma_data": 1.0}  # timesteps are log(sigma) / 4, and D = x / (sigma^2 + 1) - ..., as of EDM
+    elif config.get("sigma_data") is not None:
         if not edm_preconditions(config):
             raise ConfigError(unknown)
         meant |= {"use_karras_sigmas": config.get("sigma_schedule", "karras") == "karras"}

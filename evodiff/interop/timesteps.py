@@ -76,17 +76,19 @@ def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift:
     flow = isinstance(process, Straight)
     times = [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0]
     if ends_at_0 or not flow:
+        # published lists have three digits: AYS begins at 14.615, where Stable Diffusion's ends at 14.6146
+        check_trained(process, [process.timestep(t) for t in (times if ends_at_0 else times[:-1])], slack=0.5)
         return times, ends_at_0
     return with_end(process, times, to_zero), to_zero
 
 
-def check_trained(process: Process, timesteps: Sequence[float]) -> None:
+def check_trained(process: Process, timesteps: Sequence[float], slack: float = 0.0) -> None:
     """Raise ConfigError for a timestep beyond the network's; those of EDM are logarithms and have no last."""
     if not isinstance(process, VP | Straight):
         return
     last = process.num_timesteps - isinstance(process, VP)
     for timestep in timesteps:
-        if not 0 <= timestep <= last:
+        if not -slack <= timestep <= last + slack:
             raise ConfigError(
                 f"timestep {float(timestep):g} is outside the trained ones, 0 to {last}: give falling numbers in there."
             )

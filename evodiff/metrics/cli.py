@@ -46,24 +46,26 @@ def score_path_main(argv: list[str]) -> int:
     paths = [Path(p) for p in options["path"].split(",")]
     about: dict[str, Any] = {"path": options["path"], "protocol": chosen.describe()}
     asked = options["metrics"].strip("[]").replace(" ", "").split(",")
+    kept = npz_name(Path(options["moments"])) if "moments" in options else None
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"path={path} does not exist; give a folder of images, a zip of images or an npz")
     if all(_is_moments(p) for p in paths):
         if asked != ["fid"]:
             raise ConfigError(f"metrics={','.join(asked)}: moments give fid alone. Score the images themselves.")
         moments = sum_of(map(Moments.load, paths))
         metrics = score_moments([moments], chosen)
-        if "moments" in options:
-            moments.save(Path(options["moments"]))
+        if kept is not None:
+            moments.save(kept)
     elif len(paths) > 1:
         raise ConfigError("several paths can only be moments; score images from one path at a time")
     else:
-        if not paths[0].exists():
-            raise ConfigError(f"path={paths[0]} does not exist; give a folder of images, a zip of images or an npz")
         weights = Path(options["weights"]) if "weights" in options else None
         scorer = Scorer(chosen, options["device"], asked, weights)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
             scorer.add(images)
-        if "moments" in options:
-            scorer.moments.save(Path(options["moments"]))
+        if kept is not None:
+            scorer.moments.save(kept)
         metrics = scorer.result()
         about["lossy"] = lossy(paths[0])
     if "--json" in argv:
@@ -161,12 +163,14 @@ def _build(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {number} is impossible: expected at least 1.")
     if not args.dataset:
         raise ConfigError(f"name the images: mnist, {', '.join(DATASETS)}, or a folder, zip or npz")
+    if args.out is None and args.limit is not None:
+        raise ConfigError("--limit makes statistics for a trial: say with --out where they go")
+    out = args.out and npz_name(args.out)
     extract = extractor(chosen.extractor, device_for(args.device), chosen.resize, chosen.scaling, args.weights)
-    out = args.out
     if out is None:
         file = f"{chosen.metric}.npz" if args.dataset == "mnist" else f"{Path(args.dataset).stem}.npz"
         out = CHECKPOINTS / f"{chosen.name}_reference" / file
-    batches, about = dataset_batches(args.dataset, args.root, extract.channels, args.batch, args.limit)
+    batches, about = dataset_batches(args.dataset, args.root, extract.channels, args.batch, args.limit, chosen.rounding)
     reference = build_reference(batches, extract, chosen, **about)
     reference.save(out)
     print(f"{out}\nsha256 {sha256(out)}")
@@ -202,7 +206,15 @@ def _describe(reference: Reference) -> None:
         print(f"{key:<20} {'unknown' if value is None else value}")
 
 
+def npz_name(path: Path) -> Path:
+    """Raises ConfigError for another ending, for NumPy would add it to the name."""
+    if path.suffix != ".npz":
+        raise ConfigError(f"{path} must have a name that ends in .npz")
+    return path
+
+
 def _convert(args: argparse.Namespace) -> int:
+    npz_name(args.out)
     reference = Reference.load(args.file)
     n = args.count if args.count is not None else reference.gaussian.n
     if reference.features is not None and n != len(reference.features):

@@ -72,9 +72,11 @@ DATASETS = {
 
 
 def dataset_batches(
-    name: str, root: Path, channels: int, batch: int = 64, limit: int | None = None
+    name: str, root: Path, channels: int, batch: int = 64, limit: int | None = None, rounding: str = "round"
 ) -> tuple[Iterator[Tensor], dict[str, Any]]:
     """uint8 batches [B, C, H, W] of a data set in DATASETS, of `mnist`, or of the images at a path, and provenance.
+
+    At a path `rounding` is as in read_images.
 
     torchvision keeps its data in `root`, and downloads CIFAR-10 and CelebA unless EVODIFF_OFFLINE is set. Raises
     ConfigError where it is absent.
@@ -93,7 +95,7 @@ def dataset_batches(
             )
         if limit is not None:
             raise ConfigError("a limit is for named data sets; put fewer images in the folder")
-        return read_images(Path(name), channels, batch=batch), {"dataset": name, "crop": "none", "resize": "none"}
+        return read_images(Path(name), channels, rounding, batch), {"dataset": name, "crop": "none", "resize": "none"}
     dataset = DATASETS[name]
     source = _open(dataset, name, root)
     about = {"dataset": name, "crop": dataset.crop, "resize": dataset.resize}

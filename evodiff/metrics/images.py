@@ -1,6 +1,7 @@
 """Images of any code base as uint8 batches: a folder, a zip, an npz, or a run of this project."""
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,22 +52,32 @@ def lossy(path: Path) -> bool:
 
 def _names(path: Path) -> list[str]:
     if path.is_dir():
-        return sorted(str(p.relative_to(path)) for p in path.rglob("*") if _is_image(p.name))
+        found = []
+        for folder, below, files in os.walk(path, followlinks=True):
+            below[:] = [name for name in below if not name.startswith(".")]
+            found += [str((Path(folder) / name).relative_to(path)) for name in files if _is_image(name)]
+        return sorted(found)
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
-                return sorted(n for n in archive.namelist() if _is_image(Path(n).name) and "__MACOSX" not in n)
+                return sorted(n for n in archive.namelist() if _is_image(n) and "__MACOSX" not in n)
         except (OSError, zipfile.BadZipFile) as e:
             raise MetricError(f"{path} is no readable zip: {e}") from e
     return []
 
 
 def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
+    path = Path(name)
+    return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts)
 
 
 def _of_folder(path: Path, channels: int) -> Iterator[Named]:
-    return (_decoded((path / name).read_bytes(), f"{path / name}", channels) for name in _names(path))
+    for name in _names(path):
+        try:
+            content = (path / name).read_bytes()
+        except OSError as e:
+            raise MetricError(f"{path / name} cannot be read: {e.strerror or e}") from e
+        yield _decoded(content, f"{path / name}", channels)
 
 
 def _of_zip(path: Path, channels: int) -> Iterator[Named]:
@@ -75,7 +86,7 @@ def _of_zip(path: Path, channels: int) -> Iterator[Named]:
         for name in names:
             try:
                 content = archive.read(name)
-            except (zipfile.BadZipFile, OSError, RuntimeError) as e:
+            except Exception as e:  # zlib's errors among them
                 raise MetricError(f"{name} in {path} cannot be read: {e}") from e
             yield _decoded(content, f"{name} in {path}", channels)
 
@@ -84,13 +95,15 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
     """One image file as uint8 [1, C, H, W]."""
     try:
         image = Image.open(BytesIO(content))
+        deep = ";16" in str(image.tile)  # of 16-bit colours Pillow would keep the high bytes
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         reason = "it is of no known format" if isinstance(e, UnidentifiedImageError) else str(e)
         raise MetricError(f"{name} is no readable image: {reason}") from e
-    if MODES.get(image.mode) != channels:
+    if deep or MODES.get(image.mode) != channels:
         expected = "grey" if channels == 1 else "RGB"
-        raise MetricError(f"{name} has mode {image.mode}, but this protocol scores 8-bit {expected} images")
+        mode = f"mode {image.mode}{', of 16 bits' if deep else ''}"
+        raise MetricError(f"{name} has {mode}, but this protocol scores 8-bit {expected} images")
     pixels = torch.from_numpy(np.array(image))
     return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
 

@@ -101,7 +101,7 @@ class Protocol:
         return not key.endswith(f"@{self.n}")
 
 
-def protocol(name: str, **changes: Any) -> Protocol:
+def protocol(name: str, /, **changes: Any) -> Protocol:
     """The protocol in configs/protocol/NAME.yaml, with entries replaced by `changes`. Raises ConfigError."""
     check_checkout()
     files = {p.stem: p for p in (CONFIGS / "protocol").glob("*.yaml") if p.stem != "none"}

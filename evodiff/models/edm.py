@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
 from evodiff.models.loading import load_network, schedule_of
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import EDM, Node, NoiseSchedule
@@ -33,6 +34,11 @@ def edm(checkpoint: str, schedule: NoiseSchedule | None = None, device: torch.de
     net, file = load_network(checkpoint, "edm", device)
     size, channels, classes = (file.config.get(k, 0) for k in ("img_resolution", "img_channels", "label_dim"))
     schedule = schedule or schedule_of(file.schedule)
+    if not hasattr(schedule, "node"):
+        raise ConfigError(
+            f"schedule={schedule!r} is no noise schedule; expected null, EDM's own, or an object of evodiff.schedule, "
+            f"like model.schedule={{_target_: evodiff.schedule.LinearVP}}."
+        )
 
     def denoiser(labels: Tensor | None) -> Denoiser:
         one_hot = None

@@ -49,7 +49,8 @@ def guided_diffusion(
     log_p, networks = None, [net]
     if classifier is not None:
         guide, guide_file = load_network(classifier, "guided_diffusion_classifier", device)
-        files[Path(classifier).name] = guide_file.sha256
+        name = Path(classifier).name
+        files[f"classifier/{name}" if name in files else name] = guide_file.sha256  # trainers call both model000000.pt
         log_p = NoisyClassifier(guide, seen)
         networks.append(guide)
         classes = classes or guide_file.config["out_channels"]

@@ -64,6 +64,10 @@ def latent(
         ) from e
     parts = pipe.components
     decoder = parts.get("vae") or parts.get("vqvae")
+    if decoder is None or parts.get("unet") is None:
+        raise ConfigError(
+            f"model.pipeline={pipeline} has {', '.join(sorted(parts))}; a latent model needs unet, and vae or vqvae."
+        )
     texts = read_prompts(prompts) if prompts is not None else None
     conditional = parts.get("text_encoder") is not None
     if conditional != (texts is not None):

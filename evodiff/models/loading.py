@@ -38,6 +38,9 @@ def load_network(name_or_path: str, architecture: str, device: torch.device | st
             f"{checkpoint.path} does not fit its description: it {what} ({len(missing)} missing, {len(unexpected)} too "
             f"many). Convert the original file again."
         )
+    for parameter in net.parameters():
+        if parameter.dtype == torch.float64:  # some averages are kept so; what a network is given is float32
+            parameter.data = parameter.data.float()
     return moved(net.eval().requires_grad_(False), device), checkpoint
 
 

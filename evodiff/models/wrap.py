@@ -17,6 +17,7 @@ line, a file configs/model/mine.yaml and `evodiff run model=mine`:
     data_range: [-1, 1]                     # the network's black and white; [0, 1] for many
 """
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -117,7 +118,20 @@ def wrap(
     )
     if check:
         _check(wrapped, predicts, null_label)
+        if num_classes and null_label is None and not _takes_no_label(wrapped):
+            wrapped = dataclasses.replace(wrapped, unconditional=False)
     return wrapped
+
+
+def _takes_no_label(model: Pretrained) -> bool:
+    """Whether the network has an answer where y is None."""
+    denoiser = model.denoiser(None)
+    node = denoiser.schedule.node(denoiser.schedule.t_start)
+    try:
+        denoiser(torch.zeros(1, *model.shape, device=model.device), node)
+    except Exception:  # whatever a network raises
+        return False
+    return True
 
 
 def sizes(shape: Sequence[int]) -> tuple[int, int, int]:

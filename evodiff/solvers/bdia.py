@@ -48,6 +48,10 @@ class BDIA(Solver):
     def global_order(self) -> float:
         return 2 if self.gamma == 1 else 1
 
+    @property
+    def corrects(self) -> bool:  # x_+ begins at the state before x
+        return self.gamma > 0
+
     def evaluations(self, steps: int) -> int:
         return steps - self.pair
 

@@ -163,8 +163,11 @@ class EVODiff(Solver):
 
         zeta: Tensor | float
         if self.zeta is None:
-            P = gain * (D1 - B)
-            zeta_star = ratio(span.dot(P, D1), span.dot(D1, D1)) / (2 * unit)
+            alpha = (
+                step.t.alpha
+            )  # `ratio` limits what it returns: of P / alpha, so that VP and EDM meet the limit alike
+            P = gain / alpha * (D1 - B)
+            zeta_star = ratio(span.dot(P, D1), span.dot(D1, D1)) * alpha / (2 * unit)
             shift = zeta_star.abs() - self.mu
             zeta = torch.sigmoid(shift if len(step.grid) <= self.fine_grid else -shift * consistency(span, step))
         else:

@@ -55,9 +55,11 @@ def matches(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(matches(v, typing.get_args(hint)[0]) for v in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint in (bool, int, str, types.NoneType):
         return type(value) is hint
+    if hint is typing.Any:
+        return True
     if getattr(hint, "_is_protocol", False):
         return not isinstance(value, bool | int | float | str | list | dict | None)
     return not isinstance(hint, type) or isinstance(value, hint)
