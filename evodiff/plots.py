@@ -33,6 +33,7 @@ TICKS = (3, 5, 10, 20, 50, 100, 200, 500, 1000)
 CELLS = "Cells"
 MANY = 20
 """Methods that one figure can tell apart."""
+UPRIGHT: dict[str, Any] = {"rotation": 0, "ha": "right", "va": "center"}
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
 
 
@@ -45,16 +46,14 @@ def save_sample_sheet(path: Path, sheets: Mapping[str, Mapping[int, np.ndarray]]
     )
     for i, (label, cells) in enumerate(sheets.items()):
         for axis, nfe in zip(axes[i], nfes, strict=True):
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
+            _bare(axis)
             if nfe in cells:
                 axis.imshow(mosaic(cells[nfe], across), cmap="gray", vmin=0, vmax=255)
             if i == 0:
                 axis.set_title(f"NFE {nfe}", fontsize=10)
-        axes[i][0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+        axes[i][0].set_ylabel(label, fontsize=9, **UPRIGHT)
     figure.tight_layout(pad=0.4)
-    _save(figure, path, told={CELLS: str(sum(map(len, sheets.values())))})
+    _save(figure, path, told={CELLS: str(sum(map(len, sheets.values())))}, fitted=True)
 
 
 class Curve(NamedTuple):
@@ -153,21 +152,32 @@ def save_trajectories(path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarra
     for line, (label, (images, kappas)) in zip(axes, rows.items(), strict=True):
         names = [f"{kappa:.2g}" for kappa in kappas] + ["sample"]
         for axis in line:
-            axis.set_axis_off()
+            _bare(axis)
         for axis, image, name in zip(line, images, names, strict=False):
             axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
             axis.set_title(name, fontsize=7, pad=2)
-        line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(label, fontsize=8, **UPRIGHT)
     figure.suptitle(f"D at each noise-to-signal ratio, {title}", fontsize=9)
     figure.tight_layout(pad=0.3)
-    _save(figure, path)
+    _save(figure, path, fitted=True)
 
 
-def _save(figure: plt.Figure, path: Path, close: bool = True, told: dict[str, str] | None = None) -> None:
+def _bare(axis: plt.Axes) -> None:
+    """Without frame and ticks, though with its labels, for which tight_layout makes room."""
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _save(
+    figure: plt.Figure, path: Path, close: bool = True, told: dict[str, str] | None = None, fitted: bool = False
+) -> None:
+    """`fitted` to what is drawn, for labels beside images of a fixed shape may be wider than what was left for them."""
     # no date and a fixed id salt: the same records give the same file
     plt.rcParams["svg.hashsalt"] = "evodiff"
     with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else told)
+        metadata = {"Date": None} if path.suffix == ".svg" else told
+        figure.savefig(temporary, dpi=150, metadata=metadata, bbox_inches="tight" if fitted else None, pad_inches=0.05)
     if close:
         plt.close(figure)
 

@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from evodiff import plots
 from evodiff.config import compose
 from evodiff.plots import Curve, foremost, save_curves
 from evodiff.tables import published
@@ -95,6 +97,16 @@ def test_the_figures_are_to_be_seen(report, tmp_path):
     colours = {colour for count, colour in picture.getcolors(1 << 24) if count > 20}
     assert {(0, 114, 178), (230, 159, 0)} <= colours  # the lines of the first two rows
     assert (255, 255, 255) in colours
+
+
+def test_names_of_rows_are_whole_on_the_pictures(tmp_path):
+    grey, kappas = np.zeros((9, 1, 8, 8), np.uint8), np.geomspace(80, 0.01, 8)
+    name = "DPM-Solver++ 3M, order lowered at the end"
+    plots.save_trajectories(tmp_path / "t.png", {name: (grey, kappas), "DDIM": (grey[:4], kappas[:3])}, "seed 0")
+    plots.save_sample_sheet(tmp_path / "s.png", {name: {5: grey, 8: grey}})
+    for picture in ("t.png", "s.png"):
+        shown = np.asarray(Image.open(tmp_path / picture).convert("L"))
+        assert (shown[:, :3] == 255).all() and (shown < 255).any()
 
 
 def test_the_page_is_whole_in_itself(report):
