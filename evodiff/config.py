@@ -221,9 +221,8 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
                 return f"{text} are several values: {listed if is_list else f'{key} takes one'}."
             default: Any = OmegaConf.load(CONFIGS / f"{root}.yaml")
             is_list = isinstance(default.get(key), ListConfig)
-            return (
-                f"{text} are several values: add -m to sweep over them{f', or for a list {listed}' if is_list else ''}."
-            )
+            or_list = f", or for a list {listed}" if is_list else ""
+            return f"{text} are several values: add -m to sweep over them{or_list}."
         if override.is_add() or (CONFIGS / key).is_dir() or key.split(".")[0] == "hydra":
             continue
         head = key.split(".")[0]

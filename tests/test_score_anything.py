@@ -43,6 +43,7 @@ def test_a_folder_is_searched_through_links_and_not_in_hidden_places(tmp_path, d
     save_png(tmp_path / "images" / ".ipynb_checkpoints", digits[:2])
     save_png(tmp_path / "elsewhere", digits[2:5])
     (tmp_path / "images" / "threes").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "images")
     assert torch.equal(torch.cat([*read_images(tmp_path / "images", 1)]), digits[2:5])
 
 

@@ -52,9 +52,13 @@ def lossy(path: Path) -> bool:
 
 def _names(path: Path) -> list[str]:
     if path.is_dir():
-        found = []
+        found, seen = [], set()
         for folder, below, files in os.walk(path, followlinks=True):
-            below[:] = [name for name in below if not name.startswith(".")]
+            if (place := os.path.realpath(folder)) in seen:  # links may lead round in a circle
+                below.clear()
+                continue
+            seen.add(place)
+            below[:] = sorted(name for name in below if not name.startswith("."))
             found += [str((Path(folder) / name).relative_to(path)) for name in files if _is_image(name)]
         return sorted(found)
     if path.suffix == ".zip":

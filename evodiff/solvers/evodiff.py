@@ -163,9 +163,7 @@ class EVODiff(Solver):
 
         zeta: Tensor | float
         if self.zeta is None:
-            alpha = (
-                step.t.alpha
-            )  # `ratio` limits what it returns: of P / alpha, so that VP and EDM meet the limit alike
+            alpha = step.t.alpha  # `ratio` limits what it returns; that of P / alpha is the same on VP and EDM
             P = gain / alpha * (D1 - B)
             zeta_star = ratio(span.dot(P, D1), span.dot(D1, D1)) * alpha / (2 * unit)
             shift = zeta_star.abs() - self.mu

@@ -348,8 +348,8 @@ class Table:
                 found["noise floor"] = floor["distance"]
         runs = [job.run for job in self.references.values()]
         if all(replace(run, seeds=runs[0].seeds) == runs[0] for run in runs):
-            found_of = [self.record_of(reference) for reference in self.references.values()]
-            records = [record for record in found_of if record is not None]
+            jobs = self.references.values()
+            records = [record for reference in jobs if (record := self.record_of(reference)) is not None]
             if values := [record.metrics[metric] for record in records if metric in record.metrics]:
                 found[f"{records[0].run['solver']['name']} at NFE {records[0].nfe}"] = fmean(values)
         return found
