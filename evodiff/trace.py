@@ -39,8 +39,8 @@ from evodiff.solvers.base import Solver
 
 
 @dataclass(frozen=True)
-class Row:
-    """One evaluation. `exact_*` are nan unless the denoiser is an exact mixture; `distance` is the root mean square
+class Evaluation:
+    """One row. `exact_*` are nan unless the denoiser is an exact mixture; `distance` is the root mean square
     distance of D from the image that the solver ends with."""
 
     evaluation: int
@@ -78,7 +78,7 @@ class Probe:
 
 def trace(
     denoiser: Denoiser, solver: Solver, grid: TimeGrid, x: Tensor, noise: SeededNoise, probes: int = 4
-) -> list[Row]:
+) -> list[Evaluation]:
     """The trace of `solver` from x [B, C, H, W] at the first node of `grid`.
 
     Raises ConfigError for one that asks at several times in one evaluation: a row has one.
@@ -90,7 +90,7 @@ def trace(
             f"trace: {type(solver).__name__} asks for each image at a time of its own, {len(probe.calls)} calls in "
             f"{nfe} evaluations, and a trace has one time in each; possible: one seed, like seeds=0, or another solver"
         )
-    rows: list[Row] = []
+    rows: list[Evaluation] = []
     for i, (s, x_s, D, diagonal) in enumerate(probe.calls):
         later = [node for node, *_ in probe.calls[i + 1 :] if node.kappa < s.kappa]
         t = later[0] if later else grid.nodes[-1]
@@ -103,7 +103,7 @@ def trace(
             entropy = exact_entropy = math.nan
         before = rows[-1] if rows else None
         rows.append(
-            Row(
+            Evaluation(
                 i + 1,
                 s.kappa,
                 t.kappa,
@@ -156,7 +156,7 @@ def exact(mixture: GaussianMixture, x: Tensor, s: Node, t: Node) -> tuple[float,
     return variance, (0.5 * (math.log(2 * math.pi * math.e * t.alpha**2) + log_det)).mean().item()
 
 
-def write(folder: Path, traces: dict[str, list[Row]]) -> None:
+def write(folder: Path, traces: dict[str, list[Evaluation]]) -> None:
     """trace.json, trace.csv and trace.png in `folder`."""
     with whole_file(folder / "trace.json") as temporary:
         plain = {
@@ -166,13 +166,13 @@ def write(folder: Path, traces: dict[str, list[Row]]) -> None:
         temporary.write_text(json.dumps(plain, indent=1) + "\n")
     with whole_file(folder / "trace.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["solver", *(field.name for field in fields(Row))])
+        writer.writerow(["solver", *(field.name for field in fields(Evaluation))])
         for name, rows in traces.items():
             writer.writerows([name, *asdict(row).values()] for row in rows)
     draw(folder / "trace.png", traces)
 
 
-def draw(path: Path, traces: dict[str, list[Row]]) -> None:
+def draw(path: Path, traces: dict[str, list[Evaluation]]) -> None:
     """Conditional variance and entropy against kappa, one line per solver; dotted where they are exact."""
     from evodiff.plots import COLOURS, MARKERS, plt
 
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Evaluation]) -> str:
     """The rows as text, one line each."""
     exact = rows[0].exact_variance == rows[0].exact_variance
     columns = ["kappa", "variance", "entropy", "entropy_change", "distance"]

@@ -45,7 +45,10 @@ class Handler(BaseHTTPRequestHandler):
         if "hold" in reply:
             assert reply["hold"].wait(30)
         if reply.get("status", 200) != 200:
-            self.send_error(reply["status"])
+            self.send_response(reply["status"])
+            for name, value in {"Content-Length": "0", **reply.get("headers", {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
             return
         content, etag = reply.get("content", CONTENT), reply.get("etag")
         first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and reply.get("ranges", True) else 0

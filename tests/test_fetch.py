@@ -202,11 +202,30 @@ def test_the_first_digits_of_a_hash_are_enough(entry, server):
 
 def test_missing_then_the_mirror(entry, server):
     path = entry("/gone", "/broken", "/b", sha256=SHA)
-    server.replies["/broken"] = [{"status": 503}]
+    server.replies["/broken"] = [{"status": 403}]
     server.replies["/b"] = [{}]
     fetch("thing")
     assert path.read_bytes() == CONTENT
     assert [request["path"] for request in server.seen] == ["/gone", "/broken", "/b"]
+
+
+def test_a_busy_mirror_is_asked_again_a_little_later(entry, server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    path = entry("/a", sha256=SHA)
+    server.replies["/a"] = [{"status": 503}, {"status": 429, "headers": {"Retry-After": "7"}}, {}]
+    fetch("thing")
+    assert path.read_bytes() == CONTENT and pauses == [module.PAUSE, 7]
+
+
+def test_a_mirror_that_stays_busy_is_given_up(entry, server, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(module.time, "sleep", pauses.append)
+    entry("/a")
+    server.replies["/a"] = [{"status": 503, "headers": {"Retry-After": "86400"}}]
+    with pytest.raises(CheckpointError, match="HTTP 503"):
+        fetch("thing")
+    assert len(server.seen) == module.ATTEMPTS and pauses == [module.LONGEST_PAUSE] * (module.ATTEMPTS - 1)
 
 
 def test_nobody_answers(entry, server):

@@ -4,6 +4,7 @@ import http.client
 import json
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ from evodiff.locks import locked
 CHUNK = 1 << 20
 ATTEMPTS = 3
 """Times a mirror is asked again after a connection that broke off, as long as each time brings something new."""
+BUSY = {408, 429, 500, 502, 503, 504}
+"""Statuses of HTTP after which the same question may be answered a little later."""
+PAUSE = 2.0
+"""Seconds before a busy mirror is asked again, doubled each time, unless it names others itself (Retry-After)."""
+LONGEST_PAUSE = 60.0
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
 DRIVE = "https://drive.usercontent.google.com/download?id={id}&export=download&confirm=t"
@@ -135,7 +141,12 @@ def _from_mirror(entry: Entry, url: str, part: Path, advance: Advance) -> None:
             _discard(part)
             continue
         except urllib.error.HTTPError as e:
-            raise _Failure(f"HTTP {e.code} {e.reason}") from e
+            attempt, problem = attempt + 1, f"HTTP {e.code} {e.reason}"
+            if e.code not in BUSY:
+                raise _Failure(problem) from e
+            if attempt < ATTEMPTS:
+                time.sleep(_pause(e, attempt))
+            continue
         except (OSError, http.client.HTTPException) as e:
             attempt = 0 if (part.stat().st_size if part.exists() else 0) > had else attempt + 1
             problem = str(getattr(e, "reason", "") or e) or type(e).__name__
@@ -148,6 +159,12 @@ def _from_mirror(entry: Entry, url: str, part: Path, advance: Advance) -> None:
             raise _Failure(f"what it sent is not the file: {wrong}")
         continued = False  # what was here before may have been the fault: once more, from the start
     raise _Failure(problem)
+
+
+def _pause(error: urllib.error.HTTPError, attempt: int) -> float:
+    """Seconds to wait after the given attempt."""
+    asked = error.headers.get("Retry-After", "")
+    return min(float(asked) if asked.isdecimal() else PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
 
 
 def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
