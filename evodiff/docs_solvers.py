@@ -116,8 +116,8 @@ Each line names the command that shows it.
   Adams-Bashforth. Ours are those of DEIS rhoAB: `pytest tests/test_solvers_exponential.py -k "ipndm or same"`.
 - **UniPC's `vary_coeff` corrector, as released, leaves some products out** from order 2 on; ours is the paper's
   algorithm, exact on polynomials: `pytest tests/test_solvers_exponential.py -k vary_coeff`.
-- **DEIS tAB, as released, integrates by a sum** that is off by some 1e-5; ours is exact unless `quadrature` is set:
-  `pytest tests/test_solvers_exponential.py -k deis_tab`.
+- **DEIS tAB, as released, integrates by a sum** that is off by some 1e-5; ours, unless `quadrature` is set, is exact on
+  smooth schedules: `pytest tests/test_solvers_exponential.py -k deis_tab`.
 - **Multistep methods that start with DDIM owe it an error of second order.** From pure noise it is too small to see;
   starting at sigma = 10, DPM-Solver-v3 and DEIS of higher orders measure 2 in the end:
   `pytest tests/test_dpm_solver_v3.py -k order`.

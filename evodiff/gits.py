@@ -9,6 +9,7 @@ The result is a JSON file for `grid=file`: a mapping from the number of steps to
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.files import whole_file
 from evodiff.grid import Karras, TimeGrid
 from evodiff.models.pretrained import Pretrained
@@ -97,10 +98,13 @@ def search(
     samples: int = 256,
     batch: int = 64,
 ) -> dict[int, list[float]]:
-    """The best grid of each number of steps among the nodes of `fine`, from seeds 0, 1, ... Raises ConfigError."""
+    """The best grid of each number of steps among the nodes of `fine`, from seeds 0, 1, ...
+
+    Raises ConfigError, and SamplingError where the network returns NaN or inf.
+    """
     if not steps or min(steps) < 1 or max(steps) > len(fine):
         raise ConfigError(f"gits: steps {min(steps)} to {max(steps)} must lie in 1 to fine={len(fine)}")
-    if not gamma > 0:
+    if not 0 < gamma < math.inf:
         raise ConfigError(f"gits: gamma={gamma} is impossible; possible: above 0, 1 for errors that just add")
     if metric not in ("dev", "l2"):
         raise ConfigError(f"gits: metric={metric} does not exist; possible: dev, l2")
@@ -112,6 +116,8 @@ def search(
             x = start(noise, model.shape, fine.nodes[0], model.device)
             total += len(x) * costs(model.denoiser(labels), x, fine, metric)
             advance(len(x))
+    if not np.isfinite(total[np.triu_indices(len(total), 1)]).all():
+        raise SamplingError("gits: the network returned NaN or inf. Check the checkpoint, or try another precision.")
     return {n: [fine.nodes[k].t for k in shortest(total / samples, n, gamma)] for n in steps}
 
 

@@ -11,6 +11,7 @@ from evodiff.denoiser import Counting, Denoiser
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import TimeGrid
 from evodiff.noise import Noise, SeededNoise
+from evodiff.precision import products
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver
 
@@ -116,7 +117,8 @@ def generate(
     _check_finite(x, seeds, "the network returned NaN or inf, or the solver diverged", "solver")
     images = x
     if decode:
-        images = decode(x)
+        with products("fp32"):  # also where a run's other products are coarser
+            images = decode(x)
         _check_finite(images, seeds, "their latents are, but the decoder returned NaN or inf", "decoder")
     return Generated(tuple(seeds), x, to_uint8(images, rounding), counting.nfe)
 

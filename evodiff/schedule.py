@@ -72,6 +72,10 @@ class Flow:
         return math.exp(-_log1p_exp(lam))
 
 
+LEAST_LOG_ALPHA = -16.0
+"""Below it, what a network says is lost in the rounding of float32."""
+
+
 class VariancePreserving(ABC):
     """alpha^2 + sigma^2 = 1, given by log alpha(t) and its inverse."""
 
@@ -89,6 +93,8 @@ class VariancePreserving(ABC):
             raise ConfigError(
                 f"t={t:.6g} is below the times of this schedule, which ends at {self.t_end:.6g}: set t_start and t_end."
             )
+        if log_alpha < LEAST_LOG_ALPHA:
+            raise ConfigError(f"at t={t:.6g} this schedule has no signal: set t_start a little below, like 0.9946.")
         return Node(t, math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha)))
 
     def t_at(self, lam: float) -> float:

@@ -158,7 +158,7 @@ def traces(model: Pretrained, nfe: int = 10, samples: int = 64) -> Numbers:
 
 def numbers() -> Numbers:
     """Everything the figures show, as plain data with five digits."""
-    digits = build(compose("run", ["model=mixture_digits", "model.digits=100"]).model)
+    digits = build(compose("run", ["model=mixture_digits"]).model)
     mnist = build(compose("run", ["model=mnist_tiny"]).model)
     found = {
         "grids": grids(),

@@ -206,17 +206,20 @@ def traces() -> str:
     """The extreme points of docs/figures/traces.svg."""
     found = json.loads(METHOD.read_text())["traces"]
     lines = [
-        "| model | solver | entropy | least variance, of DDIM's | least entropy less DDIM's | distance |",
-        "|---|---|---:|---:|---:|---:|",
+        "| model | solver | entropy | least variance, of DDIM's | least entropy less DDIM's | exactly | distance |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for model, solvers in found.items():
         for solver, rows in solvers.items():
             pairs = list(zip(rows, solvers["ddim"], strict=True))
             variance = min(row["variance"] / other["variance"] for row, other in pairs)
-            entropy = min(row["entropy"] - other["entropy"] for row, other in pairs)
+            entropy, exact = (
+                f"{min(row[key] - other[key] for row, other in pairs):.4f}" if key in rows[0] else ""
+                for key in ("entropy", "exact_entropy")
+            )
             ends = f"{rows[0]['entropy']:.2f} to {rows[-1]['entropy']:.2f}"
             distance = f"{rows[-1]['distance']:.4f}"
-            lines.append(f"| {model} | {solver} | {ends} | {variance:.2f} | {entropy:.3f} | {distance} |")
+            lines.append(f"| {model} | {solver} | {ends} | {variance:.2f} | {entropy} | {exact} | {distance} |")
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ from evodiff.models.edm import edm
 from evodiff.models.guided_diffusion import guided_diffusion
 from evodiff.models.loading import load_network
 from evodiff.models.networks import build
+from evodiff.models.score_sde import score_sde
+from evodiff.schedule import Node
 
 FAKES = Path(__file__).parents[2] / "shared" / "reference" / "fake_checkpoints"
 
@@ -112,6 +114,22 @@ def test_networks_go_to_devices_without_float64(tmp_path, mps):
     exact, _ = load_network(file, "score_sde", "cpu")
     assert exact.sigmas.dtype == torch.float64
     assert torch.equal(net.sigmas, exact.sigmas.float())
+
+
+def test_a_ve_network_with_positions_is_told_the_index_of_its_noise_level(tmp_path):
+    """score_sde trains those on `num_scales` levels, the largest first; its Fourier networks get sigma itself."""
+    config = {**SCORE_SDE, "model": {**SCORE_SDE["model"], "embedding_type": "positional"}}
+    path = saved(tmp_path / "ve.pt", weights("score_sde", config))
+    model = score_sde(str(convert(path, description=Description("score_sde", config))))
+    denoiser = model.denoiser(None)
+    told = []
+    for sigma in denoiser.network.sigmas.tolist():
+        _, own = denoiser.process.to_native(torch.zeros(1, *model.shape), denoiser.schedule.node(2 * sigma))
+        assert own.sigma == pytest.approx(sigma)  # in images of 0 to 1
+        told.append(denoiser.process.label(own))
+    assert told == list(range(10))
+    labels = denoiser.process.label
+    assert labels(Node(1.0, 1.0, 60.0)) == 0 and labels(Node(1.0, 1.0, 0.005)) == 9
 
 
 def test_score_sde_averages_of_another_network_are_refused(tmp_path):
@@ -305,3 +323,45 @@ def test_reference_checkpoints_give_the_outputs_recorded_for_them(path):
     if path.with_suffix(".json").exists():
         stated = described_in(path.with_suffix(".json"))
         assert stated and all(found.config[k] == v for k, v in stated.config.items())
+
+
+def test_weights_under_two_names_become_two(tmp_path):
+    model = weights("guided_diffusion", ADM)
+    first, second = [name for name in model if name.endswith("in_layers.0.weight") and len(model[name]) == 32][:2]
+    model[second] = model[first]
+    found = load(convert(saved(tmp_path / "a.pt", model), description=Description("guided_diffusion", ADM)))
+    assert equal(found.tensors, model)
+
+
+def test_weights_in_eight_bits_are_widened(tmp_path):
+    model = weights("guided_diffusion", ADM)
+    narrow = {name: value.to(torch.float8_e5m2) for name, value in model.items()}
+    found = load(convert(saved(tmp_path / "a.pt", narrow), description=Description("guided_diffusion", ADM)))
+    assert equal(found.tensors, {name: value.float() for name, value in narrow.items()})
+
+
+def test_weights_without_content_are_refused(tmp_path):
+    model = {name: value.to("meta") for name, value in weights("guided_diffusion", ADM).items()}
+    with pytest.raises(CheckpointError, match="is no dense tensor"):
+        convert(saved(tmp_path / "a.pt", model), description=Description("guided_diffusion", ADM))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"type": "LinearVP"}, "type=LinearVP has no betas, as this network needs; use DiscreteVP"),
+        ({"type": ["DiscreteVP"]}, "type=.'DiscreteVP'. does not exist; possible: EDM"),
+        (["DiscreteVP"], "is no mapping; expected `type`"),
+    ],
+)
+def test_schedules_that_a_network_cannot_have_are_refused(tmp_path, schedule, message):
+    path = saved(tmp_path / "adm.pt", weights("guided_diffusion", ADM))
+    path.with_suffix(".json").write_text(json.dumps({"config": ADM, "schedule": schedule}))
+    with pytest.raises(ConfigError, match=message):
+        guided_diffusion(str(path))
+
+
+def test_a_schedule_beside_a_file_may_leave_out_its_defaults(tmp_path):
+    path = saved(tmp_path / "adm.pt", weights("guided_diffusion", ADM))
+    path.with_suffix(".json").write_text(json.dumps({"config": ADM, "schedule": {"type": "DiscreteVP"}}))
+    assert len(guided_diffusion(str(path)).schedule.log_alphas) == 1000

@@ -8,7 +8,7 @@ import pytest
 import torch
 from exact import SHORT_EDM, VP, grid, mixture, start
 
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.gits import costs, deviation, search, shortest
 from evodiff.grid import FromFile, Karras, LogSNR, Optimised, TimeGrid
 from evodiff.models.pretrained import Pretrained
@@ -83,6 +83,18 @@ def test_batches_do_not_change_the_grid():
     assert search(model, fine, [4, 6], samples=12, batch=5) == search(model, fine, [4, 6], samples=12, batch=12)
 
 
+def test_a_network_that_returns_nan_gives_no_grid():
+    class Broken:
+        schedule = mixture().schedule
+
+        def __call__(self, x, node):
+            D = mixture()(x, node)
+            return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 2, torch.nan, D) if node.kappa < 0.1 else D
+
+    with pytest.raises(SamplingError, match="the network returned NaN or inf"):
+        search(Pretrained(lambda labels: Broken(), shape=(2, 3, 3)), grid(20), [3], samples=4)
+
+
 def test_the_command_writes_a_grid_file_for_any_solver(tmp_path, evodiff_command):
     out = tmp_path / "grids.json"
     code, text, err = evodiff_command(
@@ -105,6 +117,7 @@ def test_the_command_writes_a_grid_file_for_any_solver(tmp_path, evodiff_command
         ("steps=9-3", "steps=9-3 is no range"),
         ("steps=5-21", "steps 5 to 21 must lie in 1 to fine=20"),
         ("gamma=0", "gamma=0.0 is impossible"),
+        ("gamma=inf", "gamma=inf is impossible"),
         ("metric=l7", "metric=l7 does not exist; possible: dev, l2"),
         ("samples=-1", "samples must be at least 1"),
         ("fine=many", "fine must be a number"),

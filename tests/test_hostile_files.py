@@ -210,3 +210,39 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     path.write_bytes(called("torch._utils._rebuild_tensor_v2", storage, 0, (5,), (1,), False, None))
     with pytest.raises(CheckpointError, match="RuntimeError"):
         load(path)
+
+
+def test_arguments_that_unfold_without_end_are_refused(tmp_path):
+    lists = [0]
+    for _ in range(21):
+        lists = [lists, lists]
+    state = {"_init_kwargs": {"a": lists}, "_parameters": {}, "_buffers": {}, "_modules": {}}
+    path = edm_pickle(tmp_path / "a.pkl", persistent("EDMPrecond", state))
+    assert path.stat().st_size < 1000
+    with pytest.raises(CheckpointError, match="arguments of its constructor have more than 1,000,000 values"):
+        load(path)
+    named = persistent(lists, {})
+    with pytest.raises(CheckpointError, match="class has no name"):
+        load(edm_pickle(tmp_path / "b.pkl", named))
+
+
+def test_bytes_that_are_unpacked_again_and_again_are_refused(tmp_path):
+    file = io.BytesIO()
+    torch.save(torch.zeros(1000).storage(), file, _use_new_zipfile_serialization=False)
+    storage = called("torch.storage._load_from_bytes", file.getvalue())[2:-1]
+    arguments = pickle.TUPLE1 + pickle.BINPUT + b"\x62" + pickle.REDUCE
+    # the function under memo 0x61 and its arguments under 0x62, then both from there
+    first = storage.replace(pickle.MARK, pickle.BINPUT + b"\x61", 1)[: -len(b"tR")] + arguments
+    again = (pickle.BINGET + b"\x61" + pickle.BINGET + b"\x62" + pickle.REDUCE + pickle.APPEND) * 3
+    path = tmp_path / "a.pkl"
+    path.write_bytes(pickle.PROTO + b"\x03]" + first + pickle.APPEND + again + pickle.STOP)
+    with pytest.raises(CheckpointError, match=r"refused: its [\d,]+ bytes claim to hold [\d,]+ bytes of weights"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["collections.OrderedDict", "dnnlib.util.EasyDict"])
+def test_no_dictionary_is_made_from_a_list_that_can_be_given_again_and_again(tmp_path, name):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(called(name, [("a", 1)]))
+    with pytest.raises(CheckpointError, match="TypeError"):
+        load(path)

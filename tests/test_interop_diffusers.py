@@ -190,6 +190,12 @@ def test_flows_begin_below_1_and_are_shifted():
     assert scheduler.timesteps.tolist() == pytest.approx([999, 900, 750, 500])
     scheduler.set_timesteps(sigmas=[0.75, 0.5], mu=0.0)
     assert scheduler.timesteps.tolist() == pytest.approx([750, 500])
+    scheduler.set_timesteps(sigmas=[1.0, 0.9998, 0.5], mu=0.0)
+    assert scheduler.timesteps.tolist() == pytest.approx([999.9, 999.8, 500])
+    scheduler.set_timesteps(timesteps=[1000.0, 999.8, 500])
+    assert scheduler.timesteps.tolist() == pytest.approx([999.9, 999.8, 500])
+    with pytest.raises(ConfigError, match="must fall strictly"):
+        scheduler.set_timesteps(sigmas=[1.0, 1.0, 0.5])
 
 
 @pytest.mark.parametrize("shift", ["exponential", "linear"])

@@ -141,3 +141,36 @@ def test_save_and_load(tmp_path):
     assert loaded.solver == scheduler.solver and not loaded.solver.lower_order_final
     assert torch.equal(loop(loaded, noise()), loop(scheduler, noise()))
     assert EVODiffScheduler.from_pretrained(tmp_path, solver_fields=None).config["solver"] == "evodiff"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SolverScheduler("unipc_3", sigma_data=0.5),
+        lambda: EVODiffScheduler.from_config(diffusers.EDMEulerScheduler().config, use_karras_sigmas=False),
+        lambda: EVODiffScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config, flow_shift=7),
+    ],
+)
+def test_what_was_set_here_outlives_what_came_from_another_scheduler(make, tmp_path):
+    scheduler = make()
+    scheduler.save_pretrained(tmp_path)
+    copies = [type(scheduler).from_pretrained(tmp_path), type(scheduler).from_config(scheduler.config)]
+    for each in (scheduler, *copies):
+        each.set_timesteps(5)
+    assert all(each.sigmas.tolist() == scheduler.sigmas.tolist() for each in copies)
+
+
+def test_the_other_schedulers_own_arguments_can_be_given_with_its_configuration():
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1)
+    ours = EVODiffScheduler.from_config(theirs.config, shift=7.0, shift_terminal=None)
+    assert ours.config["flow_shift"] == 7
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_clipped_noise_levels_are_left_out_of_listed_timesteps(spacing):
+    config = {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1, "timestep_spacing": spacing}
+    theirs, ours = diffusers.DPMSolverMultistepScheduler(**config), EVODiffScheduler(**config)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(8)
+    assert torch.allclose(ours.timesteps, theirs.timesteps.float(), atol=4)  # theirs has gaps of the unclipped range
+    assert ours.timesteps[0] == theirs.timesteps[0] < 999 - 111 * (spacing == "leading")

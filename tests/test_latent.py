@@ -11,7 +11,8 @@ from evodiff.config import build, compose
 from evodiff.errors import ConfigError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import ClassifierFree, Unguided
-from evodiff.models.latent import latent, read_prompts
+from evodiff.models.latent import from_parts, latent, read_prompts
+from evodiff.precision import products
 from evodiff.runs.job import Job
 from evodiff.sampling import generate
 from evodiff.solvers.dpmpp import DPMSolverPP
@@ -124,3 +125,48 @@ def test_a_text_model_without_prompts_says_so(text_conditional):
         latent(str(text_conditional / "sd"))
     with pytest.raises(ConfigError, match=r"absent cannot be read by diffusers"):
         latent(str(text_conditional / "absent"))
+
+
+def parts(folder):
+    from diffusers import LDMPipeline
+
+    pipe = LDMPipeline.from_pretrained(folder)
+    return pipe.unet, pipe.vqvae, pipe.scheduler
+
+
+def test_pipelines_that_need_something_else_say_so(unconditional):
+    import diffusers
+
+    unet, decoder, scheduler = parts(unconditional)
+    for other in (diffusers.EDMEulerScheduler(), diffusers.FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(ConfigError, match=f"scheduler, {type(other).__name__}, has no betas"):
+            from_parts(unet, decoder, other)
+    unet.register_to_config(addition_embed_type="text_time")
+    with pytest.raises(ConfigError, match="U-Net has addition_embed_type=text_time: it needs more"):
+        from_parts(unet, decoder, scheduler)
+    unet.register_to_config(addition_embed_type=None, in_channels=9)
+    with pytest.raises(ConfigError, match="U-Net has 9 channels in and 3 out: it needs more"):
+        from_parts(unet, decoder, scheduler)
+
+
+def test_a_schedule_that_ends_in_noise_alone_begins_just_below_it(unconditional):
+    import diffusers
+
+    unet, decoder, _ = parts(unconditional)
+    schedule = from_parts(unet, decoder, diffusers.DDIMScheduler(rescale_betas_zero_snr=True)).schedule
+    last, before = (schedule.node(t).alpha for t in (1.0, 0.999))
+    assert 0 < before < 1e-3 and last == pytest.approx(before / 2)
+
+
+def test_decoders_compute_in_float32_whatever_the_run_does():
+    told = []
+
+    def decode(z):
+        told.append(torch.get_float32_matmul_precision())
+        return z
+
+    model = dataclasses.replace(build(compose("run", ["model=mixture"]).model), decode=decode)
+    with products("bf16"):
+        sample(model, Unguided(), None)
+        assert torch.get_float32_matmul_precision() == "high"
+    assert told == ["highest"]

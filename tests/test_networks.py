@@ -91,9 +91,13 @@ def test_every_recorded_part_is_compared(tmp_path, part):
 def test_the_command_prints_one_line_per_file_and_fails_on_a_mismatch(tmp_path, capsys):
     as_full_size("ddim_model_small", tmp_path, spoil="eps_l2")
     (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "cut.json").write_text("{}")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "list.npz").write_bytes((tmp_path / "full.npz").read_bytes())
     assert networks.main(["--golden", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["FAIL", "broken"], ["FAIL", "full"]]
+    assert [line.split()[:2] for line in lines] == [["FAIL", name] for name in ("broken", "cut", "full", "list")]
     assert networks.main(["--golden", str(networks.GOLDEN / "ddim_model_small.json")]) == 0
 
 

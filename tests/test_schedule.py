@@ -88,3 +88,9 @@ def test_edm_kappa_is_time():
     node = EDM().node(3.0)
     assert (node.kappa, node.lam) == (3.0, pytest.approx(-math.log(3)))
     assert EDM().node(0.0).lam == math.inf
+
+
+def test_a_time_without_signal_is_refused():
+    with pytest.raises(ConfigError, match="at t=1 this schedule has no signal: set t_start a little below"):
+        CosineVP(t_start=1.0).node(1.0)
+    assert CosineVP().node(0.9999).alpha > 1e-7

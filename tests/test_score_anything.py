@@ -4,6 +4,7 @@ import json
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -321,6 +322,8 @@ def test_inception_protocols_score_spatial_features_with_given_weights(tmp_path,
 
 
 def test_references_that_must_be_built_say_how():
+    with pytest.raises(MetricError, match="evodiff stats build celeba64-ddim --protocol clean"):
+        reference_of(replace(protocol("clean"), dataset="celeba64", reference="absent/celeba64-ddim.npz"))
     with pytest.raises(MetricError, match="evodiff stats build cifar10 --protocol clean"):
         reference_of(protocol("clean"))
 

@@ -6,13 +6,16 @@ from exact import VP, grid, mixture, start
 
 from evodiff.denoiser import Counting
 from evodiff.errors import ConfigError
-from evodiff.grid import Step, TimeUniform
+from evodiff.grid import Step, TimeGrid, TimeUniform
+from evodiff.models.loading import scaled_linear_betas
 from evodiff.sampling import integrate
+from evodiff.schedule import EDM, DiscreteVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.pndm import PNDM
 from evodiff.solvers.time_shift import TimeShift, at_each
 
 UNIFORM = grid(10, VP, TimeUniform())
+STABLE_DIFFUSION = DiscreteVP.from_betas(scaled_linear_betas(0.00085, 0.012, 1000))
 
 
 def state_of_variance(values, shape=(3, 16, 16)):
@@ -50,6 +53,14 @@ def test_a_shifted_time_is_never_past_the_step():
     step = Step(grid(100, VP, TimeUniform()), 50)
     (node,) = TimeShift(window=1.0, cutoff=0.0).shifted(state_of_variance([1e-9]), step)
     assert node.t > step.t.t
+
+
+@pytest.mark.parametrize("schedule", [VP, STABLE_DIFFUSION, EDM(14.6, 0.01)])
+def test_the_model_is_not_asked_beyond_its_first_time(schedule):
+    first, *rest = grid(50, schedule, TimeUniform()).nodes
+    step = Step(TimeGrid((first, *rest), schedule), 1)
+    (node,) = TimeShift().shifted(1e6 * state_of_variance([1.0]), step)
+    assert first.kappa >= node.kappa > rest[0].kappa
 
 
 def test_below_the_cutoff_times_are_kept():

@@ -132,3 +132,11 @@ def test_impossible_settings_are_one_line(setting, evodiff_command, tmp_path):
     assert code == 1
     assert err.startswith("evodiff: ") and err.count("\n") == 1
     assert not (tmp_path / "t").exists()
+
+
+def test_a_solver_that_chooses_its_own_steps_is_traced(tmp_path, capsys):
+    arguments = ["model=mixture", "solver=probability_flow", "seeds=0-1", f"out={tmp_path}", "device=cpu"]
+    assert main([*arguments, "nfe=null"]) == 0
+    assert len(json.loads((tmp_path / "trace.json").read_text())["probability_flow"]) > 5
+    with pytest.raises(ConfigError, match="chooses its own steps, so nfe=5 cannot be set. Use nfe=null"):
+        main([*arguments, "nfe=5"])

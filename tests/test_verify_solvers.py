@@ -66,3 +66,15 @@ def test_what_is_no_golden_is_said_in_one_line(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "no golden of solvers" in err
+
+
+@pytest.mark.parametrize("broken", ["a list of names", "a file cut short"])
+def test_a_broken_golden_is_said_in_one_line(few, broken, capsys):
+    if broken == "a file cut short":
+        arrays = few.with_name("few.npz")
+        arrays.write_bytes(arrays.read_bytes()[:1000])
+    else:
+        few.with_name("few.json").write_text('["ddim"]')
+    assert main(["verify", "solvers", "--golden", str(few)]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no golden of solvers" in err

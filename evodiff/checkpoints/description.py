@@ -79,7 +79,10 @@ def describe(
     except (OmegaConfBaseException, ValueError) as e:
         raise ConfigError(f"{' '.join(overrides)}: {str(e).splitlines()[0]}") from e
     known = alike.schedule if alike else {}
-    return architecture, merged, dict(plain(given.schedule or _schedule(architecture, merged, weights.tensors, known)))
+    schedule = given.schedule or _schedule(architecture, merged, weights.tensors, known)
+    if not isinstance(schedule, Mapping):
+        raise ConfigError(f"{source}: schedule={schedule!r} is no mapping; expected `type` and its numbers.")
+    return architecture, merged, plain(schedule)
 
 
 def plain(value: Any) -> Any:

@@ -130,17 +130,22 @@ def _checked(path: Path, tensors: Tensors) -> Tensors:
     """Dense, finite, contiguous, in single precision at least, and no larger than the file they came from."""
     total = 0
     for name, value in tensors.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise CheckpointError(f"{path}: {name} is no dense tensor. The file is damaged or of another code base.")
         total += value.numel() * value.element_size()
     if total > path.stat().st_size:
         raise CheckpointError(
             f"{path} is refused: its {path.stat().st_size:,} bytes claim to hold {total:,} bytes of weights."
         )
-    checked = {}
+    checked: Tensors = {}
+    storages = set()
     for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity. The file is damaged; fetch it again.")
-        half = value.dtype in (torch.float16, torch.bfloat16)
-        checked[name] = (value.float() if half else value).contiguous()
+        if value.is_floating_point():
+            value = value.float() if value.element_size() < 4 else value
+            if not bool(value.isfinite().all()):
+                raise CheckpointError(f"{path}: {name} holds NaN or infinity. The file is damaged; fetch it again.")
+        value = value.contiguous()
+        storage = value.untyped_storage().data_ptr()
+        checked[name] = value.clone() if storage in storages else value  # safetensors keep no tensor under two names
+        storages.add(storage)
     return checked

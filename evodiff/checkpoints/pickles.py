@@ -24,6 +24,8 @@ from evodiff.errors import CheckpointError
 TORCH_ZIP = b"PK\x03\x04"
 TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 """How torch.save files begin: since torch 1.6, and before."""
+LONGEST_ARGUMENTS = 1_000_000
+"""Values and characters in what a constructor was given; published networks have a few dozen."""
 
 
 def kind(path: Path) -> str:
@@ -75,6 +77,7 @@ def read_edm(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     if not isinstance(network, _Object) or not isinstance(network.state.get("_init_kwargs"), dict):
         raise CheckpointError(f"{path} is a pickle, but not one of NVlabs/edm: it holds no network under `ema`.")
     try:
+        _check_length(network.state["_init_kwargs"])
         arguments = json.loads(json.dumps(network.state["_init_kwargs"]))
         return network.name, arguments, dict(_tensors(path, network, "", set()))
     except (TypeError, ValueError, RecursionError) as e:
@@ -99,10 +102,26 @@ def forbidden(path: Path | str, name: str) -> CheckpointError:
     )
 
 
+def _check_length(arguments: Any) -> None:
+    """Raise ValueError where lists in lists, each used twice, would unfold to more than memory holds."""
+    waiting, length = [arguments], 0
+    while waiting:
+        value = waiting.pop()
+        inner: Any = value if isinstance(value, str | list | tuple) else ()
+        if isinstance(value, Mapping):
+            inner = [*value.keys(), *value.values()]
+        length += len(inner)
+        if length > LONGEST_ARGUMENTS:
+            raise ValueError(f"the arguments of its constructor have more than {LONGEST_ARGUMENTS:,} values")
+        waiting.extend(() if isinstance(value, str) else inner)
+
+
 class _Object:
     """An object of the file: the name of its class and its attributes."""
 
-    def __init__(self, name: str, state: Any = None):
+    def __init__(self, name: Any, state: Any = None):
+        if not isinstance(name, str):
+            raise TypeError("an object whose class has no name")
         self.name = name
         self.state: dict[str, Any] = state if isinstance(state, dict) else {}
 
@@ -113,8 +132,8 @@ class _Object:
 class _Dtype:
     """Stands for numpy.dtype, for numbers only."""
 
-    def __init__(self, code: str, *_: Any):
-        self.code, self.order = str(code), "<"
+    def __init__(self, code: Any, *_: Any):
+        self.code, self.order = code if isinstance(code, str) else "", "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1] if state[1] in ("<", ">") else "<"
@@ -139,7 +158,7 @@ class _EDMUnpickler(pickle.Unpickler):
 
     def __init__(self, file: BinaryIO, path: Path):
         super().__init__(file)
-        self.path = path
+        self.path, size, held = path, path.stat().st_size, 0
 
         class ModuleDict(_Object):
             def __init__(self) -> None:
@@ -148,7 +167,15 @@ class _EDMUnpickler(pickle.Unpickler):
         class Dtype(_Dtype):
             pass
 
+        class Dict(OrderedDict[Any, Any]):
+            def __init__(self) -> None:  # items come one by one, as they lie in the file: no list is copied
+                super().__init__()
+
         def storage(data: bytes) -> torch.storage.TypedStorage:
+            nonlocal held
+            held += len(data)
+            if held > size:
+                raise CheckpointError(f"{path} is refused: its {size:,} bytes claim to hold {held:,} bytes of weights.")
             loaded = read_torch(io.BytesIO(data))
             if not isinstance(loaded, torch.storage.TypedStorage):
                 raise TypeError("a storage that holds something else")
@@ -160,14 +187,14 @@ class _EDMUnpickler(pickle.Unpickler):
 
         self.stand_ins: dict[str, Callable[..., Any]] = {
             "torch_utils.persistence._reconstruct_persistent_obj": lambda meta: _Object(
-                str(meta["class_name"]), meta["state"]
+                meta["class_name"], meta["state"]
             ),
             "torch.nn.modules.container.ModuleDict": ModuleDict,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             "torch._utils._rebuild_tensor_v2": tensor,
             "torch.storage._load_from_bytes": storage,
-            "collections.OrderedDict": OrderedDict,
-            "dnnlib.util.EasyDict": OrderedDict,
+            "collections.OrderedDict": Dict,
+            "dnnlib.util.EasyDict": Dict,
             "numpy.dtype": Dtype,
             "numpy.core.multiarray.scalar": lambda dtype, data: _scalar(dtype, data),
             "numpy._core.multiarray.scalar": lambda dtype, data: _scalar(dtype, data),

@@ -143,8 +143,9 @@ class SolverScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        if isinstance(config, Mapping):
-            config = translated(config)
+        if isinstance(config, Mapping) and "solver" not in config:  # which ours have
+            given = {key: kwargs[key] for key in kwargs.keys() & config.keys()}
+            config = translated({**config, **given})
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def __len__(self) -> int:

@@ -17,14 +17,11 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError
 from evodiff.models.adapter import PREDICTIONS as TO_DATA
-from evodiff.models.loading import cosine_betas, scaled_linear_betas
+from evodiff.models.loading import cosine_betas, nearly_0, scaled_linear_betas
 from evodiff.schedule import EDM, DiscreteVP, Flow, Node, NoiseSchedule
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 """diffusers' names, and ours."""
-
-ZERO_SNR_ALPHA = 2.0**-12
-"""alpha where a rescaled schedule would have 0."""
 
 
 class Process(Protocol):
@@ -95,7 +92,7 @@ class Straight:
         return self.t_of_sigma(timestep / self.num_timesteps)
 
     def t_of_sigma(self, sigma: float) -> float:
-        return min(sigma, self.schedule.t_start)  # sigma 1 has no signal, and pipelines begin there
+        return sigma if sigma < 1 else self.schedule.t_start  # sigma 1 has no signal, and pipelines begin there
 
     def sigma(self, node: Node) -> float:
         return node.sigma
@@ -192,7 +189,7 @@ def zero_terminal_snr(log_alphas: Sequence[float]) -> tuple[float, ...]:
     alphas = [math.exp(v) for v in log_alphas]
     scale = alphas[0] / (alphas[0] - alphas[-1])
     *inner, _ = ((a - alphas[-1]) * scale for a in alphas)
-    return tuple(math.log(a) for a in (*inner, min(ZERO_SNR_ALPHA, inner[-1] / 2)))
+    return tuple(math.log(a) for a in (*inner, nearly_0(inner[-1])))
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,9 +230,7 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def edm_preconditions(config: Mapping[str, Any]) -> bool:
-    """Whether `sigma_data` is EDM's or ours; consistency models and Stable Audio's scheduler have one too."""
-    if "solver" in config:
-        return True
+    """Whether `sigma_data` is EDM's; consistency models and Stable Audio's scheduler have one too."""
     if "_class_name" in config:
         return config["_class_name"].startswith("EDM")
     # a scheduler that was not loaded from a file does not say its class

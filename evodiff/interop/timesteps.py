@@ -41,7 +41,8 @@ def choose_nodes(
         times, to_zero = times_of_sigmas(process, [float(sigma) for sigma in sigmas], to_zero, shift)
     elif timesteps is not None:
         check_trained(process, timesteps)
-        times = with_end(process, [process.t_of_timestep(float(timestep)) for timestep in timesteps], to_zero)
+        levels = [process.t_of_timestep(float(timestep)) for timestep in timesteps]
+        times = with_end(process, begun(process, levels), to_zero)
     else:
         assert n is not None
         times = times_of_number(config, process, n, to_zero, shift)
@@ -59,8 +60,8 @@ def times_of_number(
     spacing = spacing_of(config, isinstance(process, Straight), shift)
     if spacing is None:
         if isinstance(process, VP) and config["timestep_spacing"] != "linspace":
-            last, offset = process.num_timesteps, config["steps_offset"]
-            listed = listed_timesteps(config["timestep_spacing"], n, last, offset)
+            trained = math.floor(process.timestep(process.schedule.t_start) + 1e-6) + 1  # less with lambda_min_clipped
+            listed = listed_timesteps(config["timestep_spacing"], n, trained, config["steps_offset"])
             return with_end(process, [process.t_of_timestep(timestep) for timestep in listed], to_zero)
         spacing = TimeUniform()
     schedule, steps = process.schedule, n - to_zero
@@ -74,12 +75,20 @@ def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift:
     if not above_0 or min(above_0) <= 0:
         raise ConfigError(f"sigmas={sigmas} is impossible: they must fall, and only the last may be 0.")
     flow = isinstance(process, Straight)
-    times = [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0]
+    times = begun(process, [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0])
     if ends_at_0 or not flow:
         # published lists have three digits: AYS begins at 14.615, where Stable Diffusion's ends at 14.6146
         check_trained(process, [process.timestep(t) for t in (times if ends_at_0 else times[:-1])], slack=0.5)
         return times, ends_at_0
     return with_end(process, times, to_zero), to_zero
+
+
+def begun(process: Process, times: list[float]) -> list[float]:
+    """The times of a flow that begins without any signal, at a first one of 1 that is not beyond the second."""
+    first = process.schedule.t_start
+    if isinstance(process, Straight) and len(times) > 1 and times[0] == first < times[1] < 1:
+        return [(1 + times[1]) / 2, *times[1:]]
+    return times
 
 
 def check_trained(process: Process, timesteps: Sequence[float], slack: float = 0.0) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
+from evodiff.metrics.datasets import DATASETS
 from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.inception_score import PARTS, inception_score
@@ -224,8 +225,9 @@ def reference_path(protocol: Protocol) -> Path:
     if path.exists():
         return path
     if path.suffix:
+        source = path.stem if path.stem in DATASETS else protocol.dataset
         raise MetricError(
-            f"there is no reference file {path}: make it with `evodiff stats build {protocol.dataset} --protocol "
+            f"there is no reference file {path}: make it with `evodiff stats build {source} --protocol "
             f"{protocol.name}`, or set protocol.reference to another"
         )
     from evodiff.checkpoints import require

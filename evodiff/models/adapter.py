@@ -55,10 +55,24 @@ class DiscreteTime:
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """The label sigma (a VE network's)."""
+    """The label sigma (of a VE network trained on continuous times)."""
 
     def __call__(self, node: Node) -> float:
         return node.sigma
+
+
+@dataclass(frozen=True)
+class NoiseLevelIndex:
+    """The nearest of `count` noise levels, evenly spaced in log sigma, counted from the largest (of a VE network
+    trained on those, arXiv 2011.13456, appendix C)."""
+
+    sigma_min: float
+    sigma_max: float
+    count: int
+
+    def __call__(self, node: Node) -> float:
+        below_max = math.log(self.sigma_max / node.sigma) / math.log(self.sigma_max / self.sigma_min)
+        return float(min(max(round((self.count - 1) * below_max), 0), self.count - 1))
 
 
 @dataclass(frozen=True)

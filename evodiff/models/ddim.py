@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
-from evodiff.models.loading import load_network, schedule_of
+from evodiff.models.loading import discrete_schedule_of, load_network
 from evodiff.models.pretrained import Pretrained
 
 
@@ -17,8 +17,8 @@ def ddim(
     `whole_labels` rounds the network's time label to a trained one, as DDIM's own sampler has them.
     """
     net, file = load_network(checkpoint, "ddim", device)
-    native, model, size = schedule_of(file.schedule), file.config["model"], file.config["data"]["image_size"]
-    label = DiscreteTime(file.schedule["num_timesteps"], whole_labels)
+    native, model, size = discrete_schedule_of(file.schedule), file.config["model"], file.config["data"]["image_size"]
+    label = DiscreteTime(len(native.log_alphas), whole_labels)
     denoiser = NetworkDenoiser(net, "eps", process(native, label, schedule))
     return Pretrained(
         lambda labels: denoiser,

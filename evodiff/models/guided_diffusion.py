@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, Process, process
-from evodiff.models.loading import load_network, schedule_of
+from evodiff.models.loading import discrete_schedule_of, load_network
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import Node
 
@@ -44,7 +44,8 @@ def guided_diffusion(
     """
     net, file = load_network(checkpoint, "guided_diffusion", device)
     files = {Path(checkpoint).name: file.sha256}
-    seen = process(schedule_of(file.schedule), DiscreteTime(file.schedule["num_timesteps"], whole_labels), schedule)
+    native = discrete_schedule_of(file.schedule)
+    seen = process(native, DiscreteTime(len(native.log_alphas), whole_labels), schedule)
     classes = file.config.get("num_classes") or 0
     log_p, networks = None, [net]
     if classifier is not None:

@@ -18,6 +18,7 @@ from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, process
+from evodiff.models.loading import nearly_0
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import resolve
 from evodiff.schedule import DiscreteVP
@@ -92,10 +93,12 @@ def from_parts(
 ) -> Pretrained:
     """A model of diffusers' parts, as `latent` makes it; `embeddings` [K + 1, tokens, width] are those of K prompts
     and, last, of none."""
+    _check_parts(unet, scheduler)
     unet, decoder = (part.eval().requires_grad_(False).to(device) for part in (unet, decoder))
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    native = DiscreteVP(tuple(0.5 * math.log(a) for a in scheduler.alphas_cumprod.double().tolist()))
+    *alphas, last = scheduler.alphas_cumprod.double().sqrt().tolist()
+    native = DiscreteVP(tuple(math.log(a) for a in (*alphas, last or nearly_0(alphas[-1]))))
     seen = process(native, DiscreteTime(len(native.log_alphas)), schedule)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
@@ -126,6 +129,24 @@ def from_parts(
         device=torch.device(device),
         networks=(unet,),
     )
+
+
+def _check_parts(unet: Any, scheduler: Any) -> None:
+    """Raise ConfigError for a pipeline that needs more than a latent, a time and a text."""
+    of_unet, channels = unet.config, unet.config.in_channels
+    asks = [key for key in ("addition_embed_type", "class_embed_type", "num_class_embeds") if of_unet.get(key)]
+    if asks or of_unet.out_channels not in (channels, 2 * channels):
+        why = f"{asks[0]}={of_unet.get(asks[0])}" if asks else f"{channels} channels in and {of_unet.out_channels} out"
+        raise ConfigError(
+            f"this pipeline's U-Net has {why}: it needs more than a latent, a time and a text, as those of SDXL and of "
+            f"inpainting do. Possible: pipelines like Stable Diffusion 1 and 2; for others give the pipeline a "
+            f"scheduler of evodiff.interop.diffusers."
+        )
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ConfigError(
+            f"this pipeline's scheduler, {type(scheduler).__name__}, has no betas: its noise schedule is not known "
+            f"here. Possible: pipelines like Stable Diffusion 1 and 2; for others see evodiff.interop.diffusers."
+        )
 
 
 @torch.no_grad()

@@ -44,19 +44,29 @@ def load_network(name_or_path: str, architecture: str, device: torch.device | st
     return moved(net.eval().requires_grad_(False), device), checkpoint
 
 
-def schedule_of(description: Mapping[str, Any]) -> NoiseSchedule:
+def schedule_of(description: Any) -> NoiseSchedule:
     """The schedule a checkpoint names by `type`. Raises ConfigError."""
+    if not isinstance(description, Mapping):
+        raise ConfigError(f"schedule={description!r} is no mapping; expected `type` and its numbers.")
     fields = dict(description)
     kinds, key = TYPES, fields.pop("type", None)
     if key == "DiscreteVP":
         kinds, key = BETAS, fields.pop("betas", "linear")
-    if key not in kinds:
+    if not isinstance(key, str) or key not in kinds:
         field = "betas" if kinds is BETAS else "type"
         raise ConfigError(f"schedule: {field}={key} does not exist; possible: {', '.join(kinds)}.")
     try:
         return kinds[key](**fields)
     except TypeError as e:
         raise ConfigError(f"schedule: {key} cannot be made of {', '.join(fields) or 'nothing'} ({e}).") from e
+
+
+def discrete_schedule_of(description: Any) -> DiscreteVP:
+    """The same, of a network whose labels are those of discrete times. Raises ConfigError for another one."""
+    schedule = schedule_of(description)
+    if not isinstance(schedule, DiscreteVP):
+        raise ConfigError(f"schedule: type={description['type']} has no betas, as this network needs; use DiscreteVP.")
+    return schedule
 
 
 def _cosine(num_timesteps: int, **times: float) -> DiscreteVP:
@@ -84,3 +94,8 @@ def cosine_betas(num_timesteps: int, s: float = 0.008, largest: float = 0.999) -
 def scaled_linear_betas(beta_start: float, beta_end: float, num_timesteps: int) -> list[float]:
     """Square roots evenly spaced (latent diffusion, arXiv 2112.10752)."""
     return [b**2 for b in torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).tolist()]
+
+
+def nearly_0(before: float) -> float:
+    """alpha at the first time of a schedule that has none left there (arXiv 2305.08891), below the one `before`."""
+    return min(2.0**-12, before / 2)

@@ -31,7 +31,7 @@ class DEIS(Multistep):
 
     Where alpha = 1 the t of tAB is that of the linear VP schedule with the same range of kappa, as in diff-sampler.
     `quadrature`: null computes the integrals exactly (to rounding; on discrete schedules, whose t has kinks, to about
-    1e-7). A number replays the released tAB, a left sum over that many points, which is off by some 1e-5 with 100,000.
+    1e-5). A number replays the released tAB, a left sum over that many points, which is off by some 1e-5 with 100,000.
     """
 
     order: int = 3

@@ -133,7 +133,7 @@ class PredictorCorrector(Solver):
 
     @property
     def global_order(self) -> float:
-        return 1
+        return 0  # the corrector's bias stays, however many steps there are
 
     def evaluations(self, steps: int) -> int:
         return self.corrector_steps * steps + (self.predictor.evaluations(steps) if self.predictor else 0)

@@ -87,7 +87,8 @@ class TimeShift(Solver):
             return [step.s] * len(x)
         half = round(self.window * TIMESTEPS / 2)
         times = [now + k / TIMESTEPS for k in range(-half, half + 1)]
-        times = [t for t in times if after < t <= CLOCK.t_start] or [now]
+        first = CLOCK.t_at(step.grid.nodes[0].lam)  # beyond it the network may not be trained
+        times = [t for t in times if after < t <= first] or [now]
         clock = [CLOCK.node(t) for t in times]
         variance = x.flatten(1).var(1) / (step.s.alpha**2 + step.s.sigma**2)  # of the state of a VP schedule
         noise = torch.tensor([node.sigma**2 for node in clock], dtype=variance.dtype, device=x.device)

@@ -9,6 +9,7 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def verify(path: Path) -> Result:
             net = network_of(description)
             outputs = outputs_of(net, inputs_of(arrays, description), description)
             same_state = state_sha256(net) == description.get("state_sha256")
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
         raise ConfigError(f"no golden of a network ({type(e).__name__}: {e}); expected NAME.json and NAME.npz") from e
     errors: dict[str, float] = {}
     for name, compute in {"x": lambda: arrays["x"], **outputs}.items():

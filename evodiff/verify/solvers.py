@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def verify(golden: Path) -> tuple[dict[str, Result], dict[str, int]]:
             result.cases += 1
             result.worst = max(result.worst, error)
             result.nfe_mismatches += nfe != run["nfe"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
         raise ConfigError(
             f"{golden} is no golden of solvers: {type(e).__name__}: {e}. Expected PATH.json and PATH.npz beside it."
         ) from e

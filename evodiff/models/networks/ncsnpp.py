@@ -28,8 +28,9 @@ from evodiff.models.networks.ncsnpp_blocks import (
 class NCSNpp(nn.Module):
     """DDPM++, NCSN++ and, with `name="ddpm"`, the DDPM of score_sde.
 
-    x [B, C, R, R] in [-1, 1] plus noise if `centered`, else in [0, 1]; `labels` [B]: 999 t for positional embeddings,
-    sigma for Fourier ones. The output is the noise, or with `scale_by_sigma` the score.
+    x [B, C, R, R] in [-1, 1] plus noise if `centered`, else in [0, 1]; `labels` [B]: sigma for Fourier embeddings, for
+    positional ones 999 t, or with `scale_by_sigma` the index of sigma in `sigmas`. The output is the noise, or with
+    `scale_by_sigma` the score.
     """
 
     sigmas: Tensor
