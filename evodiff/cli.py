@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from io import TextIOWrapper
 
 from evodiff.errors import EvodiffError
 
@@ -61,7 +62,7 @@ repeats=N             only the first N of the table's ranges of seeds
 device=NAME           auto, cpu, cuda, cuda:1
 tracker=wandb         show the table in Weights & Biases as well
 hydra/launcher=NAME   make its runs as jobs: joblib, submitit_slurm, ray; hydra.launcher.FIELD=VALUE as in a sweep
-table.FIELD=VALUE     change the table itself, like table.nfe=[5,10]""",
+table.FIELD=VALUE     another table, like table.nfe=[5,10]; its pages have a folder of their own""",
     "report": """usage: evodiff report NAME [key=value ...]
 
 Write the pages of a table from the records there are; nothing is sampled or scored.
@@ -90,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
 
     When the reader of standard output has gone, as `head` does, it ends quietly with the exit code of a broken pipe.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± shows ?
     try:
         code = run(argv)
         sys.stdout.flush()

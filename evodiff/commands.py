@@ -13,6 +13,7 @@ from evodiff.errors import ConfigError, EvodiffError
 from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
 from evodiff.pictures import png_path
+from evodiff.plugins import publish_solvers
 from evodiff.runs.distributed import finish, processes, rank, use_own_gpu
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.record import Record
@@ -158,21 +159,29 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
             print(text)
 
     if flags:
-        compose("run", [text for text in overrides if "=" in text])  # misspelt keys get our message, not Hydra's
-        with_flags(act, [f"evodiff {name}", *argv])
+        compose("run", [*filter(is_override, argv)])  # misspelt keys get our message, not Hydra's
+        with_flags(act, [f"evodiff {name}"], argv)
     else:
         act()
     return 0
+
+
+def is_override(text: str) -> bool:
+    return not text.startswith("-") and ("=" in text or text.startswith("~"))
 
 
 def names_launcher(overrides: list[str]) -> bool:
     return any(text.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher")) for text in overrides)
 
 
-def with_flags(task: Callable[[DictConfig], None], argv: list[str]) -> None:
+def with_flags(task: Callable[[DictConfig], None], program: list[str], argv: list[str]) -> None:
     """Hydra's own flags, like --help, --cfg and --info: it reads sys.argv, and does the task unless it shows
     something."""
-    saved, sys.argv = sys.argv, [*argv, "hydra.run.dir=."]
+    overrides = [text for text in argv if is_override(text)]
+    flags = [text for text in argv if not is_override(text)]  # after them, for some take what follows for their value
+    own = ["hydra.run.dir=.", "hydra.help.app_name=evodiff"]
+    saved, sys.argv = sys.argv, [*program, *overrides, *own, *flags]
+    publish_solvers()
     try:
         hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()
     finally:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -223,7 +224,11 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             is_list = isinstance(default.get(key), ListConfig)
             or_list = f", or for a list {listed}" if is_list else ""
             return f"{text} are several values: add -m to sweep over them{or_list}."
-        if override.is_add() or (CONFIGS / key).is_dir() or key.split(".")[0] == "hydra":
+        if override.is_add() or (CONFIGS / key).is_dir() or key == "hydra/launcher":
+            continue
+        if key.startswith("hydra.launcher."):
+            _check_launcher_field(key.split(".")[2], overrides)
+        if key.split(".")[0] == "hydra":
             continue
         head = key.split(".")[0]
         if key not in known and not (head in known and "." not in key):
@@ -235,6 +240,19 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _check_launcher_field(name: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for what the chosen launcher does not have, or has as a mapping to add to."""
+    chosen = next((text.partition("=")[2] for text in overrides if text.startswith("hydra/launcher=")), "basic")
+    known = asdict(LAUNCHERS[chosen])
+    if name not in known:
+        possible = ", ".join(known)
+        raise ConfigError(
+            f"hydra.launcher.{name} is no field of hydra/launcher={chosen}.{nearest(name, known)} Possible: {possible}."
+        )
+    if isinstance(known[name], Mapping):
+        raise ConfigError(f"hydra.launcher.{name} is a mapping: add to it, like +hydra.launcher.{name}.key=value.")
+
+
 def _choice_with(key: str) -> str:
     """Which choices of the group have such a field."""
     group, _, field = key.partition(".")
@@ -244,7 +262,8 @@ def _choice_with(key: str) -> str:
 
 @cache
 def keys(root: str) -> frozenset[str]:
-    """The keys of configs/<root>.yaml, those of its groups included."""
+    """The keys of configs/<root>.yaml, those of its groups included. Raises ConfigError without a checkout."""
+    check_checkout()
     raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{root}.yaml"))
     assert isinstance(raw, dict)
     groups = {key for entry in raw["defaults"] if isinstance(entry, dict) for key in entry if " " not in str(key)}

@@ -80,7 +80,7 @@ THRESHOLDS: dict[str, Callable[[Denoiser], Denoiser]] = {
 
 def threshold_of(name: str, latent: bool) -> Callable[[Denoiser], Denoiser]:
     """One of THRESHOLDS. Raises ConfigError for another name, and for one that clips latents, which have no range."""
-    if name not in THRESHOLDS:
+    if name not in list(THRESHOLDS):
         raise ConfigError(f"threshold={name} does not exist; possible: {', '.join(THRESHOLDS)}.")
     if latent and name != "none":
         raise ConfigError(f"threshold={name} keeps images in [-1, 1], and this model samples latents. Use none.")

@@ -286,11 +286,11 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     text = page()
     if args.check:
-        current = PAGE.exists() and PAGE.read_text() == text
+        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         print(f"{relative(PAGE)} {'is up to date' if current else 'is out of date; run: evodiff docs solvers'}")
         return int(not current)
     with whole_file(PAGE) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     print(f"{relative(PAGE)} written")
     return 0
 

@@ -181,11 +181,16 @@ class Submitit:
             ) from e
         generic = ("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb")
         given = {key: value for key, value in asdict(self).items() if key != "cluster" and value}
-        executor.update_parameters(
-            name="evodiff",
-            **{key: given[key] for key in generic if key in given},
-            **{f"slurm_{key}": value for key, value in given.items() if key not in generic},
-        )
+        try:
+            executor.update_parameters(
+                name="evodiff",
+                **{key: given[key] for key in generic if key in given},
+                **{f"slurm_{key}": value for key, value in given.items() if key not in generic},
+            )
+        except (AssertionError, TypeError, ValueError, NameError) as e:
+            raise ConfigError(
+                f"hydra.launcher: a field is of another type than submitit takes ({_first_line(e)})."
+            ) from e
         if self.cluster == "slurm" and self.gpus_per_node is None and "gpu" not in str(self.additional_parameters):
             print(
                 "the Slurm jobs ask for no GPU; hydra.launcher.gpus_per_node=1 does (0: none is wanted)",

@@ -93,6 +93,8 @@ def save_curves(
     others = [curve for label, curve in curves.items() if named is not None and label not in named]
     shown = {label: curve for label, curve in curves.items() if named is None or label in named}
     many = len(curves) > 10
+    # a logarithmic axis has no place for 0, the distance of a run from itself
+    positive = any(v > 0 for curve in curves.values() for v in (*curve.values.values(), *curve.papers.values()))
     figure, axis = plt.subplots(figsize=(10, max(6, 0.21 * len(shown))) if many else (7, 4.4))
     for curve in others:
         label = f"{len(others)} others" if curve is others[-1] else None
@@ -100,7 +102,7 @@ def save_curves(
     for i, (label, curve) in enumerate(shown.items()):
         nfes, colour, marker = sorted(curve.values), COLOURS[i % 10], MARKERS[i % 10]
         style = STYLES[i // 10 % len(STYLES)]
-        ours = [curve.values[n] for n in nfes]
+        ours = [curve.values[n] if curve.values[n] > 0 or not positive else np.nan for n in nfes]
         axis.plot(nfes, ours, marker + style, color=colour, label=label, ms=4.5, lw=1.6)
         if curve.half_widths:
             half = np.array([curve.half_widths.get(n, 0.0) for n in nfes])
@@ -114,13 +116,14 @@ def save_curves(
             if not nfes:  # nothing of ours in the legend
                 axis.plot([], [], marker, mfc="none", mec=colour, ms=7, label=f"{label} (paper)")
     for label, value in (lines or {}).items():
+        if positive and value <= 0:
+            continue
         axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--")
         note = axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                              textcoords="offset points", ha="right", fontsize=8, color="#555555", zorder=4)  # fmt: skip
         note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     nfes = nfes_of(curves)
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
-    positive = any(v > 0 for curve in curves.values() for v in (*curve.values.values(), *curve.papers.values()))
     scales = {"yscale": "log" if positive else "linear", "xscale": "log" if wide else "linear"}
     axis.set(xlabel="NFE", ylabel=ylabel, title=title, **scales)
     if wide:

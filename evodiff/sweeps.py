@@ -215,5 +215,5 @@ def _note(overrides: list[str], text: str) -> None:
     log = Run.from_config(compose("run", overrides)).folder / "log.txt"
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as f:
+        with log.open("a", encoding="utf-8") as f:
             f.write(f"evodiff: {text}\n")

@@ -11,6 +11,7 @@ import hydra
 import numpy as np
 import pytest
 
+from evodiff import config, paths
 from evodiff.cli import COMMANDS, main
 from evodiff.models.pretrained import Pretrained
 from evodiff.paths import ROOT
@@ -54,6 +55,11 @@ def shards(folder):
         (["denoise_final=1"], "denoise_final=1 is impossible"),
         (["guidance=classifier_free", "guidance.scale=abc"], "scale='abc' is impossible; possible: a number"),
         (["metrics=[rmse]", "reference_run=heun"], "reference_run=heun is impossible: expected a list of overrides"),
+        (["noise=[seeded]"], "noise=['seeded'] does not exist; possible: seeded, legacy"),
+        (["protocol=mnist", "protocol.metric=[a]"], "protocol.metric=['a'] is impossible: expected text"),
+        (["metrics=[rmse]", "reference_run=['nfe=200']"], "names no solver, and the default, evodiff, would be meant"),
+        (["metrics=[rmse]", "reference_run=['solver=ddim','seeds=8-15']"], "has other seeds than the run"),
+        (["metrics=[rmse]", "reference_run=['solver=ddim','model=mnist_tiny']"], "has other model than the run"),
         (["reference_run=[solver=heun,nfe=99]"], "needs quotes, like reference_run=['solver=unipc_3','nfe=200']"),
         (["protocol=mnist", "metrics=[fid]", "seeds=5"], "seeds=5 is one image, of seed 5, and fd_mnist needs"),
         (["protocol=edm", "metrics=[fid]"], "evodiff fetch"),
@@ -302,8 +308,18 @@ def test_a_flag_of_hydra_shows_and_runs_nothing(evodiff_command, results, flags)
     before = sys.argv
     code, out, _ = evodiff_command("run", *flags, *MIXTURE, "nfe=7")
     assert code == 0 and "nfe: 7" in out and sys.argv is before
+    assert evodiff_command("run", *MIXTURE, "nfe=7", *flags) == (0, out, "")
     assert shards(results) == {}
     assert "Did you mean nfe?" in evodiff_command("run", *flags, "nfee=7")[2]
+
+
+def test_without_a_checkout_help_says_so(evodiff_command, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    config.keys.cache_clear()
+    monkeypatch.setattr(paths, "CONFIGS", tmp_path / "configs")
+    code, _, err = evodiff_command("run", "--help")
+    config.keys.cache_clear()
+    assert code == 1 and "there is no folder" in err
 
 
 def test_a_run_without_flags_is_composed_by_us_alone(evodiff_command, results, monkeypatch):

@@ -210,5 +210,15 @@ def test_hydra_knows_the_launchers_by_their_usual_names():
     assert compose_hydra("run", ["hydra/launcher=submitit_slurm"]).launcher.cluster == "slurm"
     assert compose_hydra("run", ["hydra/launcher=ray"]).launcher.max_retries == 0
     assert compose_hydra("run").launcher.n_jobs == 1
-    with pytest.raises(ConfigError, match="n_job"):
-        compose_hydra("run", ["hydra.launcher.n_job=3"])
+    with pytest.raises(ConfigError, match="n_job is no field of hydra/launcher=joblib. Did you mean n_jobs?"):
+        compose_hydra("run", ["hydra/launcher=joblib", "hydra.launcher.n_job=3"])
+    slurm, gres = "hydra/launcher=submitit_slurm", "hydra.launcher.additional_parameters.gres=gpu"
+    assert compose_hydra("run", [slurm, f"+{gres}"]).launcher.additional_parameters.gres == "gpu"
+    with pytest.raises(ConfigError, match=r"add to it, like \+hydra.launcher.additional_parameters"):
+        compose_hydra("run", [slurm, gres])
+
+
+def test_a_field_of_another_type_is_said():
+    pytest.importorskip("submitit")
+    with pytest.raises(ConfigError, match="hydra.launcher: a field is of another type .*timeout_min"):
+        list(Submitit(cluster="local", timeout_min="an hour").launch(print, [1]))

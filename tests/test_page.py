@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -144,6 +145,18 @@ def test_of_many_methods_those_that_lead_somewhere_are_named(tmp_path):
     save_curves([tmp_path / "f.svg"], curves, "rmse", named=named)
     told = re.findall(r"<!-- (m\d+|\d+ others) -->", (tmp_path / "f.svg").read_text())
     assert sorted(told) == sorted([*named, "24 others"])
+
+
+def test_a_distance_of_0_ends_a_line(tmp_path):
+    """That of a run from itself has no place on a logarithmic axis, and is no reason to draw as if it were near."""
+    curves = {"a": Curve({5: 0.5, 9: 0.2, 79: 0.0}, {}, {}), "b": Curve({5: 0.4, 9: 0.3, 79: 0.1}, {}, {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_curves([tmp_path / "f.svg"], curves, "rmse", {"heun": 0.0})
+    picture = (tmp_path / "f.svg").read_text()
+    assert "<!-- b -->" in picture and "<!-- heun 0 -->" not in picture
+    axis = [float(text) for text in re.findall(r"<!-- ([\d.]+) -->", picture)]
+    assert min(axis) > 0.04
 
 
 @pytest.mark.parametrize("values", [(0.0029, 0.0039), (31.0, 36.0), (0.5, 40.0)])

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from evodiff.pictures import mosaic, save_grid
 from evodiff.plots import save_sample_sheet
 from evodiff.tables import published, samples, text, trajectory
 from evodiff.tables.published import Published, Verdict
+from evodiff.tables.table import Table
 from evodiff.tables.text import latex, markdown, show
 
 
@@ -75,6 +77,44 @@ def test_bold_is_the_best_number_that_is_shown():
     least, mean = (Verdict(values, 50_000, False, p) for values, p in (((2.0, 3.0, 4.0), paper), ((2.5,), None)))
     table = SimpleNamespace(nfe=[10], verdicts=lambda metric: {("A", 10): least, ("B", 10): mean})
     assert text.best(table, "fid@50000") == {("A", 10)}
+
+
+def test_of_equal_numbers_each_is_bold():
+    same = dict.fromkeys([("A", 10), ("B", 10)], Verdict((2.5,), 50_000, False, None))
+    verdicts = {**same, ("C", 10): Verdict((2.6,), 50_000, False, None)}
+    table = SimpleNamespace(nfe=[10], verdicts=lambda metric: verdicts)
+    assert text.best(table, "fid@50000") == {*same}
+
+
+def test_a_title_of_any_words_is_a_title(small, results):
+    table = replace(small(), title="ANTIBODY & TITLE")
+    assert table.make() == 0
+    page = (results / "tables" / "smoke" / "report.html").read_text(encoding="utf-8")
+    assert "<title>ANTIBODY &amp; TITLE</title>" in page and page.count("<h1>ANTIBODY &amp; TITLE</h1>") == 1
+
+
+def test_a_changed_table_has_pages_of_its_own(small, results):
+    small().make()
+    before = bytes_of(results / "tables" / "smoke", "*")
+    base = "table.base=['model=mixture','protocol=none','seeds=0-15','shard=8','batch=8']"
+    changed = [Table.of_file("smoke", [base, f"table.nfe=[{nfe}]"]) for nfe in (5, 6)]
+    assert changed[0].make() == 0 and changed[0].name != changed[1].name != "smoke"
+    assert "table smoke " in changed[0].text() and "'table.nfe=[5]'`" in changed[0].text()
+    assert bytes_of(results / "tables" / "smoke", "*") == before
+
+
+def test_a_trial_without_papers_explains_its_mark(small):
+    trial = small(None, "limit=4")
+    assert trial.make() == 0
+    assert "†" in trial.text() and "† on fewer images than the whole table's" in trial.text()
+
+
+def test_pages_are_utf_8_whatever_the_locale_is(small, results, monkeypatch):
+    monkeypatch.setattr("io.text_encoding", lambda encoding, level=2: encoding or "latin-1")
+    table = replace(small(), title="one ± of it")
+    assert table.make() == 0
+    for page in ("report.html", "table.md"):
+        assert "one ± of it" in (results / "tables" / "smoke" / page).read_bytes().decode()
 
 
 def test_the_page_needs_nothing_else(small, results):

@@ -65,6 +65,7 @@ def test_a_record_with_more_serves_a_table_that_asks_for_less(small, results):
     assert without.make() == 0
     assert bytes_of(results / "runs", "score.json") == scores
     assert (small().metrics, without.metrics) == (["rmse@16", "contrast@16"], ["contrast@16"])
+    assert small(base=["model=mixture", "protocol=none", "seeds=0-15", "metrics=[rmse]"]).metrics == ["rmse@16"]
 
 
 def test_a_failing_cell_does_not_end_the_table(small, results, capsys):
@@ -277,4 +278,5 @@ def test_a_launcher_computes_it_first_too_and_the_pages_are_written_also_when_a_
     assert "Heun cannot spend exactly nfe=5" in err
     assert grid.exists()
     assert "3 of 4 cells done" in out
-    assert "3 of 4 cells done" in (results / "tables" / "smoke" / "table.md").read_text()
+    (page,) = (results / "tables").glob("smoke-*/table.md")  # of another table than the file's
+    assert "3 of 4 cells done" in page.read_text() and "`evodiff table smoke '+table.rows.Heun" in page.read_text()

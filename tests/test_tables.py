@@ -149,6 +149,8 @@ def test_a_metric_of_fewer_images_is_not_the_papers(tables, tmp_path, monkeypatc
         device="cpu",
     )
     record.write(job.run.folder / "score.json")
+    assert table.metrics == ["fid@50000", "is@50000"]  # what the table asks for
+    table = replace(table, base=[*table.base, "metrics=[fid,curve,is]"])
     assert table.metrics == ["fid@50000", "fid@5000", "is@50000"]
     whole, part = (table.verdicts(metric)[place] for metric in ("fid@50000", "fid@5000"))
     assert (whole.paper.value, whole.images, whole.state) == ("2.78", 50_000, "ok")

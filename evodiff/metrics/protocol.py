@@ -141,4 +141,7 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
     for name in ("scaling", "extractor_sha256", "reference_sha256"):
         if given[name] is not None:
             given[name] = str(given[name])  # a command line makes numbers of 127.5 and of digits alone
+    for name in ("metric", "extractor", "reference"):
+        if not isinstance(given[name], str):
+            raise ConfigError(f"protocol.{name}={given[name]} is impossible: expected text.")
     return Protocol(**given)

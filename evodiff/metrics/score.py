@@ -35,6 +35,8 @@ METRICS = {
 AT_ONCE = 250
 """Images that the extractor sees at one time, of a run."""
 CURVE = (5_000, 10_000, 25_000, 50_000)
+RESULTS = {"pr": ("precision", "recall", "density", "coverage"), "ci": (), "limit": ("fid_inf",)}
+"""What comes of a metric, beside its error, where that has another name."""
 LEAST = {"is": PARTS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
 """Images that a metric needs; the others need 2."""
 _FROM_FEATURES = {"kid", "pr", "curve", "ci", "limit"}
@@ -72,6 +74,13 @@ def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, flo
             f"takes {protocol.features}. Score with the protocol they were made for, or make them anew."
         )
     return {protocol.key("fid", total.n): frechet_distance(total, reference_of(protocol).gaussian)}
+
+
+def result_names(metrics: Sequence[str], protocol: Protocol, n: int) -> set[str]:
+    """What metrics (names in METRICS) of n images are called in a score, without their errors."""
+    curve = [("fid", size) for size in CURVE if size <= n] if "curve" in metrics else []
+    once = [(name, n) for metric in metrics if metric != "curve" for name in RESULTS.get(metric, (metric,))]
+    return {protocol.key(name, size) for name, size in (*once, *curve)}
 
 
 def sum_of(parts: Iterable[Moments]) -> Moments:

@@ -164,7 +164,7 @@ def embed_prompts(tokenizer: Any, encoder: Any, prompts: list[str]) -> Tensor:
 def read_prompts(path: str) -> list[str]:
     """The lines of a file that are not empty; a relative path may start at the project's root. Raises ConfigError."""
     try:
-        prompts = [line.strip() for line in resolve(path).read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in resolve(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"model.prompts={path} cannot be read ({e}). Give a text file with one prompt per line."

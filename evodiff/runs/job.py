@@ -84,9 +84,7 @@ class Job:
                 f"reference_run=['solver=unipc_3','nfe=200']."
             )
         if cfg.reference_run is not None and not AGAINST_REFERENCE.keys().isdisjoint(metrics):
-            solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
-            kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
-            reference_run = Run.from_config(compose("run", [*kept, *cfg.reference_run]))
+            reference_run = _reference_run(run, overrides, [str(text) for text in cfg.reference_run])
         return cls(
             run=run,
             protocol=protocol,
@@ -103,6 +101,26 @@ class Job:
 
     def with_nfe(self, nfe: int) -> "Job":
         return replace(self, run=replace(self.run, nfe=nfe))
+
+
+def _reference_run(run: Run, overrides: list[str], instead: list[str]) -> Run:
+    """The run of the same images that `instead` describes, in place of what `overrides` say of solver and grid. Raises
+    ConfigError for one that no distance can be taken to."""
+    solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
+    kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
+    reference = Run.from_config(compose("run", [*kept, *instead]))
+    if not any(text.startswith("solver=") for text in instead):
+        raise ConfigError(
+            f"reference_run={instead} names no solver, and the default, {reference.solver['name']}, would be meant. "
+            f"Name one, like reference_run=['solver=unipc_3','nfe=200']."
+        )
+    other = [key for key in ("model", "seeds", "guidance", "noise") if getattr(reference, key) != getattr(run, key)]
+    if other:
+        raise ConfigError(
+            f"reference_run={instead} has other {' and '.join(other)} than the run, and distances are taken between "
+            f"images of the same. Leave that out."
+        )
+    return reference
 
 
 def metrics_of(cfg: DictConfig) -> tuple[str, ...]:

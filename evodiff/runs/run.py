@@ -61,7 +61,7 @@ class Run:
             ("rounding", ROUNDINGS),
             ("precision", PRECISIONS),
         ):
-            if content[key] not in known:
+            if content[key] not in list(known):  # a mapping has no place in one
                 raise ConfigError(f"{key}={content[key]} does not exist; possible: {', '.join(map(str, known))}.")
         for key in ("denoise_final", "channels_last", "compile", "cuda_graphs"):
             if type(content[key]) is not bool:

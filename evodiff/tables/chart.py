@@ -46,4 +46,4 @@ CHART_CSS = """
 .chart g.row { transition: opacity .1s; } .chart figure.dim g.row:not(.lit) { opacity: .15; }
 """
 
-CHART_JS = Path(__file__).with_name("chart.js").read_text()
+CHART_JS = Path(__file__).with_name("chart.js").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import base64
 import html as markup
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ EXPLAINED = {
 STATES_EXPLAINED = {
     "ok": "within the tolerance of the paper's number",
     "off": "beyond it",
-    "proxy": "on fewer images than the paper's, not comparable",
+    "proxy": "on fewer images than the whole table's or the paper's, not comparable",
     "missing": "not run yet",
     "done": "no paper to compare with",
 }
@@ -55,7 +56,8 @@ def page(table: "Table") -> str:
         "What the network predicts of one seed's image at each evaluation, from noise on the left to the sample.",
     )
     blocks += _papers_only(table) + _protocol(table) + _commands(table)
-    return PAGE.replace("TITLE", _text(table.title)).replace("BODY", "\n".join(blocks))
+    head, middle, end = re.split("TITLE|BODY", PAGE)
+    return "".join([head, _text(table.title), middle, *(f"{block}\n" for block in blocks), end])
 
 
 def _states(table: "Table") -> str:

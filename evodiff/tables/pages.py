@@ -50,4 +50,4 @@ def _copied(copy: Path) -> Record | None:
 
 def _write(table: "Table", name: str, content: str) -> None:
     with whole_file(table.folder / name) as temporary:
-        temporary.write_text(content)
+        temporary.write_text(content, encoding="utf-8")

@@ -75,7 +75,7 @@ def read(name: str) -> tuple[Published, ...]:
             f"no published numbers are called {name}.{nearest(name, known)} Possible: {', '.join(known)}."
         )
     found = []
-    with (FOLDER / f"{name}.csv").open(newline="") as file:
+    with (FOLDER / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             nfe = line.pop("nfe")
             line.pop("dataset", None)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 
@@ -13,8 +14,8 @@ from omegaconf import DictConfig
 from evodiff.config import build, compose
 from evodiff.errors import ConfigError, EvodiffError, StoreError
 from evodiff.locks import locked
-from evodiff.metrics.distances import AGAINST_REFERENCE
-from evodiff.metrics.score import reference_of
+from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
+from evodiff.metrics.score import METRICS, reference_of, result_names
 from evodiff.paths import results_folder
 from evodiff.plots import Curve
 from evodiff.runs.job import Job
@@ -47,6 +48,8 @@ class Table:
     """How many ranges of seeds, where these are not all."""
     published: str | None
     metric: str | None
+    changes: tuple[str, ...] = ()
+    """Overrides of what its file says."""
 
     @classmethod
     def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
@@ -57,11 +60,11 @@ class Table:
                 f"configs/table/{name}.yaml says name: {cfg.table.name}, but a table has the name of its file: leave "
                 f"that line out, or write name: {name}."
             )
-        return cls.from_config(cfg)
+        return cls.from_config(cfg, tuple(text for text in overrides if text.lstrip("+~").startswith("table.")))
 
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> "Table":
-        """Raises ConfigError for what is no table."""
+    def from_config(cls, cfg: DictConfig, changes: Sequence[str] = ()) -> "Table":
+        """`changes` are the overrides of what its file says. Raises ConfigError for what is no table."""
         content, rows, seeds = checked(cfg)
         return cls(
             config=content["name"],
@@ -76,18 +79,22 @@ class Table:
             repeats=cfg.repeats if len(seeds) < len(content.get("seeds") or ()) else None,
             published=content.get("published"),
             metric=content.get("metric"),
+            changes=tuple(sorted(changes)),
         )
 
     @property
     def name(self) -> str:
-        """A trial has pages of its own, and so has a part of the seeds."""
+        """A trial has pages of its own, and so has a part of the seeds, or another content than the file's."""
         trial = "" if self.limit is None else f"-{self.limit}"
-        return self.config + trial + ("" if self.repeats is None else f"-repeats{self.repeats}")
+        part = "" if self.repeats is None else f"-repeats{self.repeats}"
+        digest = sha256(" ".join(self.changes).encode()).hexdigest()[:6]
+        return self.config + trial + part + (f"-{digest}" if self.changes else "")
 
     @property
-    def part(self) -> dict[str, int]:
-        """The overrides that make it less than the table of its file."""
-        return {key: n for key, n in (("limit", self.limit), ("repeats", self.repeats)) if n is not None}
+    def overrides(self) -> list[str]:
+        """Those that make it another than the table of its file."""
+        numbers = (("limit", self.limit), ("repeats", self.repeats))
+        return [*self.changes, *(f"{key}={n}" for key, n in numbers if n is not None)]
 
     @property
     def nfe(self) -> list[int]:
@@ -268,28 +275,24 @@ class Table:
         """What comes first, and is compared with papers: `fid@50000`, `fd_mnist@1000`, `rmse@64`, ..."""
         if self.metric is not None:
             return f"{PAPER_METRICS[self.metric]}@{self.images}"
-        names = dict.fromkeys(name for record in self.records.values() for name in record.metrics)
         protocol = next(iter(self.jobs.values())).protocol
         wanted = f"{protocol.metric}@{self.images}" if protocol else None
-        return wanted if wanted in names else next(iter(names), None)
+        return wanted if wanted in self._measured else next(iter(self._measured), None)
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics of the records, the main one first; errors stand beside what they are of.
-
-        A run may be in two tables, and its record then has the distance to a reference run for one that asks for none.
-        """
+        """The names of the metrics of the records, the main one first; errors stand beside what they are of."""
         main = self.main_metric
-        found = dict.fromkeys(
-            name
-            for record in self.records.values()
-            for name in self.measures(record)
-            if not name.split("@")[0].endswith(("_se", "_std"))
-            and (name.split("@")[0] not in AGAINST_REFERENCE or self.references)
-        )
-        if self.metric is not None and main is not None:
-            found = found or {main: None}
-        return sorted(found, key=lambda name: name != main)
+        return ([] if main is None else [main]) + [name for name in self._measured if name != main]
+
+    @property
+    def _measured(self) -> dict[str, None]:
+        """What the cells ask for, as far as there are records. A run may be in two tables, and its record then has more
+        than one of them asks for."""
+        asked = {name for job in self.jobs.values() for name in _results(job)}
+        names = dict.fromkeys(name for record in self.records.values() for name in self.measures(record))
+        shown = asked | ({self.main_metric} if self.metric is not None else set())
+        return {name: None for name in names if name in shown}
 
     @property
     def images(self) -> int:
@@ -378,6 +381,14 @@ def _read_record(path: Path, written: int) -> Record | None:
         return Record.read(path)
     except StoreError:
         return None
+
+
+def _results(job: Job) -> Set[str]:
+    """What a table shows of the metrics that a job asks for."""
+    n, asked = len(job.run.seed_range), {*job.metrics}
+    of_samples = asked & {*OF_IMAGES, *(AGAINST_REFERENCE if job.reference_run else ())}
+    scored = result_names([name for name in job.metrics if name in METRICS], job.protocol, n) if job.protocol else set()
+    return {f"{name}@{n}" for name in of_samples} | scored
 
 
 def _sample_and_score(job: Job) -> None:

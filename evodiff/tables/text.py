@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from evodiff.tables.table import Table
 
 MARKS = {"proxy": "†", "off": "*"}
-"""After a number: taken on fewer images than the paper's; beyond the tolerance of the paper's."""
+"""After a number: taken on another number of images than is asked for; beyond the tolerance of the paper's."""
 HIGHER = ("is", "precision", "recall", "density", "coverage")
 
 
@@ -30,8 +30,8 @@ def best(table: "Table", metric: str) -> set[tuple[str, int]]:
         return set()
     ours = {place: v.ours for place, v in table.verdicts(metric).items() if v.ours is not None}
     choose = max if prefix.startswith(HIGHER) else min
-    columns = [[place for place in ours if place[1] == nfe] for nfe in table.nfe]
-    return {choose(column, key=ours.__getitem__) for column in columns if column}
+    lead = {nfe: choose(value for place, value in ours.items() if place[1] == nfe) for nfe in {n for _, n in ours}}
+    return {place for place, value in ours.items() if value == lead[place[1]]}
 
 
 def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
@@ -62,7 +62,9 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
         if any(v.scatter is not None for v in table.verdicts(metric).values()):
             notes.append("± the standard deviation of one run, between sets of seeds or from its own images")
         if any(v.paper for v in table.verdicts(metric).values()):
-            notes.append("in brackets the paper's; * beyond the tolerance, † proxy of fewer images, – not run")
+            notes.append("in brackets the paper's; * beyond the tolerance, – not run")
+        if any(v.state == "proxy" for v in table.verdicts(metric).values()):
+            notes.append("† on fewer images than the whole table's")
         parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))
     return "\n\n".join(parts) + "\n\n" + footer(table) + "\n"
 
@@ -99,8 +101,8 @@ def footer(table: "Table") -> str:
     protocol = next(iter(table.jobs.values())).protocol
     scored = f"protocol {protocol.name} ({protocol.hash})" if protocol else "no features"
     runs = "cells" if len(table.cells) == total else "runs"
-    part = "".join(f" {key}={n}" for key, n in table.part.items())
-    return f"{done} of {total} {runs} done; {scored}; made by `evodiff table {table.config}{part}`."
+    command = shlex.join(["evodiff", "table", table.config, *table.overrides])
+    return f"{done} of {total} {runs} done; {scored}; made by `{command}`."
 
 
 def table_csv(table: "Table") -> str:
