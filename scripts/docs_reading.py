@@ -192,10 +192,8 @@ def _seeds() -> Iterable[str]:
         "; ".join(f"{' or '.join(f'`{row}`' for row in sorted(rows))} at {nfe}" for nfe, rows in of.items())
         for of in firsts
     ]
-    here, of = (len(numbers.column("fd", 20)) for numbers in (model, Numbers("mnist_solvers")))
-    twenty = "" if here == of else f" (At 20 the other sets have {here} of {of} solvers, those that lead on the first.)"
     places = []
-    for nfe in (3, 5, 10):
+    for nfe in model.nfe:
         means = model.column("fd", nfe)
         ranked = sorted(distinct(Numbers("mnist_solvers"), nfe), key=lambda rows, means=means: means[rows[0]].mean)
         places.append(f"{number(ranked, 'evodiff')} of {len(ranked)}")
@@ -204,9 +202,9 @@ def _seeds() -> Iterable[str]:
 the three sets of seeds the distances scatter more: by {show(between[0])} times that ± on the trained model
 ({len(model.table.cells)} cells), by {show(between[1])} times on the oracle, the exact denoiser of 500 digits, below
 ({len(oracle.table.cells)} cells). All cells share the three sets, so that neither ratio is known well. The same solver
-is first in each set, but for the model at {" and ".join(moved[0])} evaluations. First on the model: {told[0]}.{twenty}
+is first in each set, but for the model at {" and ".join(moved[0])} evaluations. First on the model: {told[0]}.
 First on the oracle: {told[1]}. By the mean of the sets `evodiff` is number {", ".join(places)} samplers of the
-model at 3, 5 and 10 evaluations.
+model at {", ".join(map(str, model.nfe))} evaluations.
 """
 
 

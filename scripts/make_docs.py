@@ -114,11 +114,12 @@ def with_gains(cell: Matched) -> str:
 
 
 def leaders(table: Table, metric: str) -> str:
-    """`rmse@10000` is best at NFE 5 with A, at NFE 8 and 10 with B."""
-    by_row: dict[str, list[int]] = {}
-    for row, nfe in sorted(text.best(table, metric), key=lambda place: place[1]):
-        by_row.setdefault(row, []).append(nfe)
-    told = [f"{row} (NFE {', '.join(map(str, budgets))})" for row, budgets in by_row.items()]
+    """`rmse@10000` is best at NFE 5 with A, at NFE 8 and 10 with B or C, which are equal there."""
+    best, by_rows = text.best(table, metric), dict[str, list[int]]()
+    for nfe in table.nfe:
+        if rows := " or ".join(row for row in table.rows if (row, nfe) in best):
+            by_rows.setdefault(rows, []).append(nfe)
+    told = [f"{rows} (NFE {', '.join(map(str, budgets))})" for rows, budgets in by_rows.items()]
     return f"`{metric}` is best with {'; '.join(told)}."
 
 

@@ -57,7 +57,7 @@ def page(table: "Table") -> str:
     )
     blocks += _papers_only(table) + _protocol(table) + _commands(table)
     head, middle, end = re.split("TITLE|BODY", PAGE)
-    return "".join([head, _text(table.title), middle, *(f"{block}\n" for block in blocks), end])
+    return "".join([head, _text(table.title), middle, "\n".join(blocks), end])
 
 
 def _states(table: "Table") -> str:
