@@ -243,7 +243,7 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
 def _check_launcher_field(name: str, overrides: Sequence[str]) -> None:
     """Raise ConfigError for what the chosen launcher does not have, or has as a mapping to add to."""
     chosen = next((text.partition("=")[2] for text in overrides if text.startswith("hydra/launcher=")), "basic")
-    known = asdict(LAUNCHERS[chosen])
+    known = asdict(LAUNCHERS[chosen if chosen in LAUNCHERS else "basic"])  # of several, Hydra's words follow
     if name not in known:
         possible = ", ".join(known)
         raise ConfigError(
