@@ -160,7 +160,7 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
 
     if flags:
         compose("run", [*filter(is_override, argv)])  # misspelt keys get our message, not Hydra's
-        with_flags(act, [f"evodiff {name}"], argv)
+        with_flags(act, f"evodiff {name}", argv)
     else:
         act()
     return 0
@@ -174,13 +174,13 @@ def names_launcher(overrides: list[str]) -> bool:
     return any(text.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher")) for text in overrides)
 
 
-def with_flags(task: Callable[[DictConfig], None], program: list[str], argv: list[str]) -> None:
+def with_flags(task: Callable[[DictConfig], None], program: str, argv: list[str]) -> None:
     """Hydra's own flags, like --help, --cfg and --info: it reads sys.argv, and does the task unless it shows
     something."""
     overrides = [text for text in argv if is_override(text)]
     flags = [text for text in argv if not is_override(text)]  # after them, for some take what follows for their value
     own = ["hydra.run.dir=.", "hydra.help.app_name=evodiff"]
-    saved, sys.argv = sys.argv, [*program, *overrides, *own, *flags]
+    saved, sys.argv = sys.argv, [program, *overrides, *own, *flags]
     publish_solvers()
     try:
         hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()

@@ -43,8 +43,8 @@ from evodiff.solvers.base import Solver
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One row. `exact_*` are nan unless the denoiser is an exact mixture; `distance` is the root mean square
-    distance of D from the image that the solver ends with."""
+    """At one evaluation of the network. `exact_*` are nan unless the denoiser is an exact mixture; `distance` is the
+    root mean square distance of D from the image that the solver ends with."""
 
     evaluation: int
     kappa: float

@@ -195,55 +195,9 @@ def test_batch_size_does_not_change_the_images(evodiff_command, results, tmp_pat
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_a_sweep_runs_every_combination(evodiff_command, results):
-    code, out, _ = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodiff", "nfe=5,6")
-    assert code == 0
-    assert [line.split()[0].rpartition("-")[0] for line in out.splitlines()] == [
-        "mixture/ddim-nfe5", "mixture/ddim-nfe6", "mixture/evodiff-nfe5", "mixture/evodiff-nfe6",
-    ]  # fmt: skip
-
-
-def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
-    code, out, err = evodiff_command("run", "-m", *MIXTURE, "solver=heun,ddim", "nfe=5")
-    assert code == 1
-    assert "Heun cannot spend exactly nfe=5" in err
-    assert "1 run of the sweep failed" in err
-    assert out.startswith("mixture/ddim-nfe5")
-
-
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_of_a_sweep_is_shown_and_nothing_is_run(results, capsys, flag):
-    with pytest.raises(SystemExit, match="0"):  # as Hydra ends
-        main(["sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5,6"])
-    assert "== Configuration groups ==" in capsys.readouterr().out
-    assert files(results) == []
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [("--dryrun", "--dryrun does nothing with -m, which takes key=value only"), ("--nfe=6", "Write nfe=6")],
-)
-def test_a_flag_beside_a_sweep_is_refused(evodiff_command, results, flag, message):
-    code, _, err = evodiff_command("sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5")
-    assert code == 1 and message in err and err.count("\n") == 1
-    assert files(results) == []
-
-
-def test_an_interval_has_no_values_to_sweep(evodiff_command):
-    code, _, err = evodiff_command("run", "-m", *MIXTURE, "nfe=interval(2,3)")
-    assert code == 1 and "nfe=interval(2,3) cannot be swept" in err and err.count("\n") == 1
-
-
 def test_a_schedule_that_is_none_is_answered(evodiff_command):
     code, _, err = evodiff_command("run", *MIXTURE, "model.schedule=foo")
     assert code == 1 and "schedule='foo' is no noise schedule" in err
-
-
-def test_a_typo_in_a_sweep_is_found_before_the_first_run(evodiff_command, results):
-    code, _, err = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodif", "nfe=5")
-    assert code == 1
-    assert "Did you mean evodiff?" in err
-    assert files(results) == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign"])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from evodiff import commands
+from evodiff.cli import main
 from evodiff.commands import RUN, sample, sampled_line, score, score_line
 from evodiff.launchers import Died, Processes, Requeued, Submitit
 from evodiff.paths import ROOT
@@ -38,6 +39,52 @@ def test_combinations_are_hydras():
     assert combinations(["metrics=[fid,is],[kid]"]) == [["metrics=[fid,is]"], ["metrics=[kid]"]]
     assert combinations(["+a=1,2"]) == [["+a=1"], ["+a=2"]]
     assert first_of_each(["a=1,2,3", "b=4,5"]) == [["a=1", "b=4"], ["a=2", "b=5"], ["a=3", "b=5"]]
+
+
+def test_a_sweep_runs_every_combination(evodiff_command, results):
+    code, out, _ = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodiff", "nfe=5,6")
+    assert code == 0
+    assert [line.split()[0].rpartition("-")[0] for line in out.splitlines()] == [
+        "mixture/ddim-nfe5", "mixture/ddim-nfe6", "mixture/evodiff-nfe5", "mixture/evodiff-nfe6",
+    ]  # fmt: skip
+
+
+def test_a_failing_run_does_not_end_the_sweep(evodiff_command, results):
+    code, out, err = evodiff_command("run", "-m", *MIXTURE, "solver=heun,ddim", "nfe=5")
+    assert code == 1
+    assert "Heun cannot spend exactly nfe=5" in err
+    assert "1 run of the sweep failed" in err
+    assert out.startswith("mixture/ddim-nfe5")
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_of_a_sweep_is_shown_and_nothing_is_run(results, capsys, flag):
+    with pytest.raises(SystemExit, match="0"):  # as Hydra ends
+        main(["sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5,6"])
+    assert "== Configuration groups ==" in capsys.readouterr().out
+    assert not any(path.is_file() for path in results.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--dryrun", "--dryrun does nothing with -m, which takes key=value only"), ("--nfe=6", "Write nfe=6")],
+)
+def test_a_flag_beside_a_sweep_is_refused(evodiff_command, results, flag, message):
+    code, _, err = evodiff_command("sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5")
+    assert code == 1 and message in err and err.count("\n") == 1
+    assert not any(path.is_file() for path in results.rglob("*"))
+
+
+def test_an_interval_has_no_values_to_sweep(evodiff_command):
+    code, _, err = evodiff_command("run", "-m", *MIXTURE, "nfe=interval(2,3)")
+    assert code == 1 and "nfe=interval(2,3) cannot be swept" in err and err.count("\n") == 1
+
+
+def test_a_typo_in_a_sweep_is_found_before_the_first_run(evodiff_command, results):
+    code, _, err = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodif", "nfe=5")
+    assert code == 1
+    assert "Did you mean evodiff?" in err
+    assert not any(path.is_file() for path in results.rglob("*"))
 
 
 def test_a_launcher_without_a_sweep_is_refused(evodiff_command):

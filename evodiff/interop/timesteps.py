@@ -42,7 +42,7 @@ def choose_nodes(
     elif timesteps is not None:
         check_trained(process, timesteps)
         levels = [process.t_of_timestep(float(timestep)) for timestep in timesteps]
-        times = with_end(process, begun(process, levels), to_zero)
+        times = with_end(process, first_below_1(process, levels), to_zero)
     else:
         assert n is not None
         times = times_of_number(config, process, n, to_zero, shift)
@@ -75,7 +75,7 @@ def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift:
     if not above_0 or min(above_0) <= 0:
         raise ConfigError(f"sigmas={sigmas} is impossible: they must fall, and only the last may be 0.")
     flow = isinstance(process, Straight)
-    times = begun(process, [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0])
+    times = first_below_1(process, [process.t_of_sigma(shifted(sigma, shift) if flow else sigma) for sigma in above_0])
     if ends_at_0 or not flow:
         # published lists have three digits: AYS begins at 14.615, where Stable Diffusion's ends at 14.6146
         check_trained(process, [process.timestep(t) for t in (times if ends_at_0 else times[:-1])], slack=0.5)
@@ -83,7 +83,7 @@ def times_of_sigmas(process: Process, sigmas: list[float], to_zero: bool, shift:
     return with_end(process, times, to_zero), to_zero
 
 
-def begun(process: Process, times: list[float]) -> list[float]:
+def first_below_1(process: Process, times: list[float]) -> list[float]:
     """The times of a flow that begins without any signal, at a first one of 1 that is not beyond the second."""
     first = process.schedule.t_start
     if isinstance(process, Straight) and len(times) > 1 and times[0] == first < times[1] < 1:
