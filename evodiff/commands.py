@@ -189,15 +189,17 @@ def with_flags(task: Callable[[DictConfig], None], program: str, argv: list[str]
 
 
 def table_main(argv: list[str]) -> int:
+    from evodiff.tables.status import plan
     from evodiff.tables.table import Table
 
     name, overrides = table_arguments("table", argv)
     table = Table.of_file(name, overrides)
+    if processes() > 1 and names_launcher(overrides):
+        raise ConfigError("torchrun shares a table's runs among its processes; leave out hydra/launcher, or torchrun")
+    if rank() == 0:
+        for text in plan(table):
+            print(f"evodiff: {text}", file=sys.stderr)
     if processes() > 1:
-        if names_launcher(overrides):
-            raise ConfigError(
-                "torchrun shares a table's runs among its processes; leave out hydra/launcher, or torchrun"
-            )
         return share_table(table)
     if names_launcher(overrides):
         return launch_table(table, build(compose_hydra("table", [f"table={name}", *overrides]).launcher))

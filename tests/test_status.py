@@ -14,7 +14,7 @@ from evodiff.errors import ConfigError
 from evodiff.paths import ROOT
 from evodiff.runs.job import Job
 from evodiff.tables import throughput
-from evodiff.tables.status import cost, lines_of, missing_files
+from evodiff.tables.status import cost, lines_of, missing_files, plan, unfinished
 from evodiff.tables.table import Table
 from evodiff.tables.throughput import passes
 
@@ -40,14 +40,18 @@ def small(**rows):
     return table(base=base, rows={name: {"run": run, "nfe": [5, 6]} for name, run in rows.items()})
 
 
+def left(t):
+    return cost(t, unfinished(t))
+
+
 def test_status_counts_what_is_done_and_what_is_left(capsys):
     t = small(DDIM=["solver=ddim"], Heun=["solver=heun"])
     assert next(lines_of(t)) == "smoke: 4 cells (4 missing), 0 of 4 runs done"
     # 16 images x (5 + 6 + 5 + 6) evaluations, and 79 for the reference
-    assert list(cost(t)) == ["0.00162 million evaluations to do", UNKNOWN]
+    assert list(left(t)) == ["0.00162 million evaluations to do", UNKNOWN]
     assert t.make() == 1  # Heun cannot spend 5
     assert next(lines_of(t)) == "smoke: 4 cells (1 missing, 3 done), 3 of 4 runs done"
-    evaluations, hours = cost(t)
+    evaluations, hours = left(t)
     assert evaluations == "8e-05 million evaluations to do"
     assert re.fullmatch(r"\S+ hours on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
 
@@ -63,6 +67,20 @@ def test_records_without_images_are_told_as_such(results):
     assert list(lines_of(t))[1:] == [told.format(2)]
 
 
+def test_what_a_table_samples_is_told_before(results):
+    t = small(DDIM=["solver=ddim"])
+    # 16 images x (5 + 6) evaluations, and 79 for the reference
+    assert list(plan(t)) == ["smoke: 3 runs to sample", "0.00144 million evaluations to do", UNKNOWN]
+    t.make()
+    assert list(plan(t)) == []
+    shutil.rmtree(t.jobs["DDIM", 6, 0].run.folder)
+    told, evaluations, _ = plan(t)
+    assert told == (
+        "smoke: 1 run to sample; of 1 the records are here: `evodiff report smoke` shows them without sampling"
+    )
+    assert evaluations == "9.6e-05 million evaluations to do"
+
+
 def test_a_cell_that_lacks_a_metric_is_not_done():
     base = ["model=mixture", "protocol=none", "seeds=0-3"]
     rows = {"DDIM": {"run": ["solver=ddim"], "nfe": [5]}}
@@ -76,7 +94,7 @@ def test_a_cell_that_lacks_a_metric_is_not_done():
 
 def test_hours_come_from_a_recorded_throughput(measured):
     measured({"a CPU": {"mixture": 1.0}, "a GPU": {"mixture": 2.0}})
-    assert list(cost(small(DDIM=["solver=ddim"]))) == [
+    assert list(left(small(DDIM=["solver=ddim"]))) == [
         "0.00144 million evaluations to do",
         f"{16 * 90 / 2 / 3600:#.3g} hours on a GPU (mixture: 2.00/s, measured)",
         f"{16 * 90 / 3600:#.3g} hours on a CPU (mixture: 1.00/s, measured)",
@@ -90,7 +108,7 @@ def test_a_guided_evaluation_takes_longer(measured):
     evaluations = sum(len(job.run.seed_range) * job.run.nfe for job in t.jobs.values())
     hours = evaluations * passes(run) / 7 / 3600
     assert passes(run) > 1
-    assert f"{hours:.0f} hours on a GPU (imagenet256_adm: 7.00/s, measured)" in cost(t)
+    assert f"{hours:.0f} hours on a GPU (imagenet256_adm: 7.00/s, measured)" in left(t)
 
 
 def test_what_a_table_needs_comes_with_the_way_to_get_it(tmp_path):
@@ -177,7 +195,7 @@ def test_what_is_not_there_is_named(evodiff_command, argv, message):
 
 def test_a_throughput_of_another_model_does_not_count(measured):
     measured({"a GPU": {"mnist_tiny": 2.0}})
-    assert list(cost(small(DDIM=["solver=ddim"])))[1] == UNKNOWN
+    assert list(left(small(DDIM=["solver=ddim"])))[1] == UNKNOWN
 
 
 def test_a_table_that_cannot_be_read_is_an_error_and_does_not_end_the_others(evodiff_command, tmp_path, monkeypatch):

@@ -252,6 +252,7 @@ def test_a_launcher_computes_what_is_left_too(evodiff_command, results, monkeypa
     smoke = ["table", "smoke", "table.nfe=[5]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
     code, out, err = evodiff_command(*smoke)
     assert code == 0, err
+    assert re.match(r"evodiff: smoke-\w{6}: 5 runs to sample\nevodiff: \S+ million evaluations to do\n", err)
     assert "4 of 4 cells done" in out and "heun at NFE 79" in out
     assert len([*results.rglob("trajectory.npz")]) == 4
 

@@ -5,7 +5,7 @@ import argparse
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -67,7 +67,7 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
             yield from (f"  needs {text}" for text in lacking)
         else:
             yield f"  needs {len(lacking)} files or folders: `evodiff status --needs {table.config}` lists them"
-        yield from (f"  {line}" for line in cost(table))
+        yield from (f"  {line}" for line in cost(table, unfinished(table)))
         if not lacking:
             yield f"  nothing else is needed: `make table-{table.config}`"
 
@@ -95,10 +95,23 @@ def missing_files(table: Table) -> Iterator[str]:
     yield from (f"{missing.what}: {missing.how}" for missing in missing_inputs(table))
 
 
-def cost(table: Table) -> Iterator[str]:
-    """The evaluations that are missing; and by device, the fastest first, the hours they take."""
+def plan(table: Table) -> Iterator[str]:
+    """What `evodiff table` says before it begins: what it samples, and how long that takes."""
+    cells = [*table.todo.values()]
+    absent = [job for job in [*table.references_of(cells), *cells] if not has_images(job)]
+    if not absent:
+        return
+    recorded = sum(table.record_of(job) is not None for job in absent)
+    report = shlex.join(["evodiff", "report", table.config, *table.overrides])
+    shown = f"; of {recorded} the records are here: `{report}` shows them without sampling" if recorded else ""
+    yield f"{table.name}: {len(absent)} run{'s' * (len(absent) > 1)} to sample{shown}"
+    yield from cost(table, [job.run for job in absent])
+
+
+def cost(table: Table, runs: Iterable[Run]) -> Iterator[str]:
+    """The evaluations of runs; and by device, the fastest first, the hours they take."""
     evaluations, todo = 0, defaultdict[str, float](float)
-    for run in unfinished(table):
+    for run in runs:
         n = len(run.seed_range) * (run.nfe or 0)
         evaluations += n
         todo[run.model["name"]] += n * passes(run)
