@@ -140,6 +140,8 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
             raise ConfigError(
                 f"{flag} is no option: {key} is a key of the configuration. Write {word}={value or '...'}"
             )
+    if not flags:
+        refuse_hydra(overrides)
     if any(arg in SWEEP for arg in argv):
         if any(flag in HELP for flag in flags):
             return over_runs(name, action, ["--help"])
@@ -174,6 +176,16 @@ def names_launcher(overrides: list[str]) -> bool:
     return any(text.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher")) for text in overrides)
 
 
+def refuse_hydra(overrides: list[str]) -> None:
+    """Raise ConfigError for settings of Hydra's own that do nothing here: all but its launchers."""
+    for text in overrides:
+        if text.lstrip("+~").startswith(("hydra.", "hydra/")) and not names_launcher([text]):
+            raise ConfigError(
+                f"{text} does nothing here: of Hydra's own settings a sweep or a table takes hydra/launcher and "
+                f"hydra.launcher.FIELD; -m sweeps, and EVODIFF_RESULTS says where results are written."
+            )
+
+
 def with_flags(task: Callable[[DictConfig], None], program: str, argv: list[str]) -> None:
     """Hydra's own flags, like --help, --cfg and --info: it reads sys.argv, and does the task unless it shows
     something."""
@@ -193,6 +205,7 @@ def table_main(argv: list[str]) -> int:
     from evodiff.tables.table import Table
 
     name, overrides = table_arguments("table", argv)
+    refuse_hydra(overrides)
     table = Table.of_file(name, overrides)
     if processes() > 1 and names_launcher(overrides):
         raise ConfigError("torchrun shares a table's runs among its processes; leave out hydra/launcher, or torchrun")

@@ -269,6 +269,15 @@ def test_a_table_is_launched_as_a_sweep_is(results, monkeypatch, chosen):
     assert launcher.n_jobs == (None if "joblib" in chosen else 2)
 
 
+@pytest.mark.parametrize("command", [["run", "-m"], ["run"], ["table", "smoke"]])
+@pytest.mark.parametrize("override", ["hydra.sweep.dir=elsewhere", "+hydra.sweeper.params.x=1", "hydra/sweeper=other"])
+def test_what_would_do_nothing_of_hydras_is_refused(evodiff_command, results, command, override):
+    code, _, err = evodiff_command(*command, override)
+    assert code == 1
+    assert err.startswith(f"evodiff: {override} does nothing here: of Hydra's own settings a sweep or a table takes")
+    assert not any(results.iterdir())
+
+
 def console_blocks():
     """The commands of the how-to pages that need nothing but this project."""
     for name in ("cluster", "wandb"):
