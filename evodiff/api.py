@@ -1,6 +1,7 @@
 """The Python interface: from a model and a solver to images, in one call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Protocol
 
@@ -107,7 +108,7 @@ def sample(
     solver.check(nodes, model.shape)
 
     parts, drawn = [], []
-    with computing("fp32", model.device):
+    with torch.inference_mode(False), computing("fp32", model.device):  # guidance by a classifier takes gradients
         for first in range(0, len(seeds), batch):
             own = tuple(seeds[first : first + batch])
             noise = SeededNoise(own)
@@ -213,6 +214,23 @@ def _labels(labels: Any, n: int, num_classes: int) -> list[int]:
     return [int(y) for y in given]
 
 
+def _same(asked: torch.device, own: torch.device) -> bool:
+    """Whether a device is the one that is asked for; `cuda` is any of its kind."""
+    return asked.type == own.type and (asked.index is None or own.index is None or asked.index == own.index)
+
+
+@contextmanager
+def _as_shipped() -> Iterator[None]:
+    """Networks are built in float32 on the CPU, whatever the program has made torch's defaults."""
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(own)
+
+
 def _config(group: str, name: str) -> dict[str, Any]:
     """What a name stands for in a group of configs/."""
     known = choices(group)
@@ -229,11 +247,13 @@ def _pretrained(
     model: Pretrained | Denoiser | str, shape: Sequence[int] | None, device: torch.device | str | None
 ) -> Pretrained:
     if isinstance(model, str):
-        return _pretrained(build(_config("model", model), device=device_for(device or "cpu")), shape, device)
+        with _as_shipped():
+            built = build(_config("model", model), device=device_for(device or "cpu"))
+        return _pretrained(built, shape, device)
     if isinstance(model, Pretrained):
-        if shape is not None and tuple(shape) != tuple(model.shape):
+        if shape is not None and sizes(shape) != tuple(model.shape):
             raise ConfigError(f"shape={tuple(shape)} is not the model's, {tuple(model.shape)}. Leave it out.")
-        if device is not None and torch.device(device_for(device)).type != model.device.type:
+        if device is not None and not _same(torch.device(device_for(device)), model.device):
             raise ConfigError(
                 f"device={device} is not the model's, {model.device}. Leave it out, or give device={device} to "
                 f"evodiff.wrap or to what loads the model."

@@ -14,7 +14,8 @@ from evodiff.launchers import Died
 from evodiff.paths import CONFIGS
 from evodiff.pictures import png_path
 from evodiff.plugins import publish_solvers
-from evodiff.runs.distributed import finish, processes, rank, use_own_gpu
+from evodiff.ranks import processes, rank, use_own_gpu
+from evodiff.runs.distributed import finish
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.record import Record
 from evodiff.runs.sample import sample_run
@@ -194,10 +195,20 @@ def with_flags(task: Callable[[DictConfig], None], program: str, argv: list[str]
     own = ["hydra.run.dir=.", "hydra.help.app_name=evodiff"]
     saved, sys.argv = sys.argv, [program, *overrides, *own, *flags]
     publish_solvers()
+    raised = []
+
+    def kept(cfg: DictConfig) -> None:  # Hydra would show a traceback of it
+        try:
+            task(cfg)
+        except EvodiffError as e:
+            raised.append(e)
+
     try:
-        hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(task)()
+        hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")(kept)()
     finally:
         sys.argv = saved
+    if raised:
+        raise raised[0]
 
 
 def table_main(argv: list[str]) -> int:

@@ -4,7 +4,6 @@ import difflib
 import inspect
 import pkgutil
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,8 +27,8 @@ from evodiff.launchers import LAUNCHERS, register_launchers
 from evodiff.paths import CONFIGS, check_checkout
 from evodiff.plugins import publish_solvers, registered
 
-LARGEST_SEED = sys.maxsize - 1
-"""A range of seeds from 0 to this one still has a length."""
+LARGEST_SEED = 2**32 - 1
+"""torch's generator on the CPU takes the lower 32 bits: larger ones would repeat the images of others."""
 
 
 def compose(root: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -88,12 +87,13 @@ def _named(cfg: DictConfig, choices: Any) -> DictConfig:
     """The configuration without Hydra's own part, with the chosen file of each group as its `name`."""
     OmegaConf.set_readonly(cfg, False)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    if missing := sorted(OmegaConf.missing_keys(own)):
-        raise ConfigError(f"{', '.join(missing)} must be given, for it has no default. Add {missing[0]}=...")
     try:
+        missing = sorted(OmegaConf.missing_keys(own))
         OmegaConf.resolve(own)
     except OmegaConfBaseException as e:
-        raise ConfigError(str(e).splitlines()[0]) from e
+        raise ConfigError(f"{str(e).splitlines()[0]}. Give its value in place of the ${{...}}.") from e
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} must be given, for it has no default. Add {missing[0]}=...")
     OmegaConf.set_struct(own, False)
     for group, choice in choices.items():
         if group in own and choice:
@@ -189,8 +189,8 @@ def _check(root: str, overrides: Sequence[str]) -> None:
             continue
         key = override.key_or_group
         head = key.split(".")[0]
-        if not key:
-            raise ConfigError(f"{text!r} is no override. Expected key=value.")
+        if not key or key == "hydra":
+            raise ConfigError(f"{text!r} is no override. Expected key=value, like nfe=10 or hydra/launcher=joblib.")
         if override.is_delete() and key in known:
             raise ConfigError(f"{text} takes away what a run needs. Leave it out, or set {key}=...")
         if (override.is_add() or override.is_force_add()) and "/" not in head and head not in known | {"hydra"}:
@@ -220,6 +220,8 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             if root == "table":
                 is_list = key in ("rows", "nfe") or key.startswith("table.")
                 return f"{text} are several values: {listed if is_list else f'{key} takes one'}."
+            if key.split(".")[0] == "hydra":
+                return f"{text} are several values: {key} takes one."
             default: Any = OmegaConf.load(CONFIGS / f"{root}.yaml")
             is_list = isinstance(default.get(key), ListConfig)
             or_list = f", or for a list {listed}" if is_list else ""

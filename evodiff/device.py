@@ -9,6 +9,8 @@ from torch import nn
 
 from evodiff.errors import ConfigError
 
+KINDS = ("cpu", "cuda", "mps", "xpu")
+
 
 def device_for(name: str | torch.device) -> str:
     """`auto` is the first CUDA device, or the CPU: MPS has no float64, the default of the state.
@@ -18,8 +20,10 @@ def device_for(name: str | torch.device) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(str(name)).type not in KINDS:
+            raise ConfigError(f"device={name} is not supported. Use device=auto, or one of {', '.join(KINDS)}.")
         torch.empty(1, device=str(name))
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except (RuntimeError, AssertionError, ValueError, ImportError) as e:
         reason = textwrap.shorten(str(e), 120, placeholder=" ...")  # torch lists all backends there are
         raise ConfigError(f"device={name} is not available here ({reason}). Use device=auto.") from e
     return str(name)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, ClassVar
 
 from evodiff.errors import ConfigError
@@ -124,6 +124,7 @@ class _Worker:
 def _serve(pipe: Any, gpu: str | None, sharing: int) -> None:
     """What a worker does: call what comes through the pipe until its other end is closed. Imports torch only then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -134,6 +135,13 @@ def _serve(pipe: Any, gpu: str | None, sharing: int) -> None:
             pipe.send(function(job))
     except (EOFError, BrokenPipeError):
         pass
+
+
+def _end_with_parent() -> None:
+    """A launcher that is killed cannot end its workers, and a job left alone would hold its GPU and its run's locks."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _how_it_ended(code: int | None) -> str:

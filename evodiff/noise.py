@@ -14,6 +14,11 @@ from evodiff.background import one_ahead
 from evodiff.errors import ConfigError
 
 
+def normal32(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """The next standard normal numbers of a generator of the CPU, whatever torch's defaults are set to."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
 class Noise(Protocol):
     """The random numbers of one batch, one image per seed."""
 
@@ -39,7 +44,7 @@ class SeededNoise:
 
     def __init__(self, seeds: Sequence[int]):
         self.seeds = tuple(seeds)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         self._start: Tensor | None = None
         self._fresh: Iterator[Tensor] | None = None
 
@@ -56,7 +61,7 @@ class SeededNoise:
         return next(self._fresh).to(like.device, non_blocking=like.is_cuda).to(like.dtype)
 
     def _draw(self, shape: Sequence[int], pinned: bool = False) -> Tensor:
-        drawn = torch.stack([torch.randn(tuple(shape), generator=g) for g in self.generators])
+        drawn = torch.stack([normal32(shape, g) for g in self.generators])
         return drawn.pin_memory() if pinned else drawn  # from there a copy to the device does not wait
 
     def labels(self, num_classes: int) -> Tensor:
@@ -100,9 +105,9 @@ class _Draws:
     def __getitem__(self, k: int) -> Tensor:
         with self.lock:  # the next batch is drawn on another thread
             if k < self.index or self.index < 0:
-                self.generator, self.index = torch.Generator().manual_seed(self.seed), -1
+                self.generator, self.index = torch.Generator("cpu").manual_seed(self.seed), -1
             while self.index < k:
-                self.last = torch.randn(self.shape, generator=self.generator)
+                self.last = normal32(self.shape, self.generator)
                 self.index += 1
             return self.last
 

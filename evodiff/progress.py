@@ -1,10 +1,11 @@
 """Progress of long work: a bar on a terminal, a line a minute elsewhere."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from evodiff.ranks import rank
 
 LINE_EVERY = 60.0
 """Seconds between two lines where the output is no terminal."""
@@ -13,7 +14,7 @@ LINE_EVERY = 60.0
 @contextmanager
 def progress(label: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`; shows the rate and the time left on standard error, of torchrun's ranks on that of rank 0."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if rank() > 0:
         yield lambda n: None
         return
     with (_bar if sys.stderr.isatty() else _lines)(label, total, unit) as advance:

@@ -79,15 +79,19 @@ class SampleStore:
         return {shard.file: shard.sha256 for shard in self.shards}
 
     def missing(self) -> list[range]:
-        """The ranges of seeds still to be sampled, cut as the shards will be. Shards of another size count as well."""
+        """The ranges of seeds still to be sampled, cut as the shards will be. Shards of another size count as well.
+
+        A whole one without an array that is needed is one piece: it stays until what takes its place is whole."""
         pieces, at = [], self.seeds.start
-        for shard in [*filter(self._usable, self.shards), None]:
+        for shard in [*filter(self._intact, self.shards), None]:
             gap = range(at, shard.first if shard else self.seeds.stop)
             at = max(at, shard.last + 1) if shard else at
             while gap:
                 cut = gap.start + self.shard - (gap.start - self.seeds.start) % self.shard
                 pieces.append(range(gap.start, min(cut, gap.stop)))
                 gap = range(min(cut, gap.stop), gap.stop)
+            if shard and self._needs_more(shard):
+                pieces.append(range(shard.first, shard.last + 1))
         return pieces
 
     def damaged(self) -> list[str]:
@@ -96,7 +100,7 @@ class SampleStore:
 
     def lacking(self) -> list[str]:
         """Whole files that were written without an array that is needed now."""
-        return [shard.file for shard in self.shards if self._intact(shard) and not self._usable(shard)]
+        return [shard.file for shard in self.shards if self._intact(shard) and self._needs_more(shard)]
 
     @contextmanager
     def claim(self, seeds: range) -> Iterator[bool]:
@@ -148,24 +152,34 @@ class SampleStore:
     def files(self, wanted: Callable[[Shard], Sequence[str]]) -> Iterator[tuple[Shard, dict[str, np.ndarray]]]:
         """Every shard with those of its arrays that are `wanted` of it, in order of seeds; one is read ahead.
 
-        Raises StoreError if shards are missing or a file is not what the manifest promises.
+        Raises what `check_complete` raises.
         """
-        if damaged := self.damaged():
-            raise StoreError(
-                f"{', '.join(damaged)} in {self.folder} is not what was written (missing, truncated or from elsewhere: "
-                f"sha256 differs). Run the sampling again: it makes only what is missing."
-            )
-        if missing := self.missing():
-            raise StoreError(
-                f"{self.folder} lacks {sum(map(len, missing))} of {len(self.seeds)} images (first: seed "
-                f"{missing[0].start}). Run the sampling again: it makes only what is missing."
-            )
+        self.check_complete()
 
         def read(shard: Shard) -> tuple[Shard, dict[str, np.ndarray]]:
             with np.load(self.folder / shard.file) as arrays:
                 return shard, {name: arrays[name] for name in wanted(shard)}
 
         yield from one_ahead(read, self.shards)
+
+    def check_complete(self) -> None:
+        """Raise StoreError if shards are missing, lack an array that is needed, or are not what the manifest says."""
+        if damaged := self.damaged():
+            raise StoreError(
+                f"{', '.join(damaged)} in {self.folder} is not what was written (missing, truncated or from elsewhere: "
+                f"sha256 differs). Run the sampling again: it makes only what is missing."
+            )
+        if lacking := self.lacking():
+            raise StoreError(
+                f"{self.folder} has its images, but {len(lacking)} of {len(self.shards)} shards not the "
+                f"{' and '.join(self.needs)} that the errors against a reference run are taken from. Sampling makes "
+                f"these shards anew; with reference_run=null the errors are left out, and the images are enough."
+            )
+        if missing := self.missing():
+            raise StoreError(
+                f"{self.folder} lacks {sum(map(len, missing))} of {len(self.seeds)} images (first: seed "
+                f"{missing[0].start}). Run the sampling again: it makes only what is missing."
+            )
 
     def batches(self, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
         """The named arrays (`seeds`, `images`, `x`) shard by shard, in order of seeds.
@@ -210,7 +224,10 @@ class SampleStore:
             )
 
     def _usable(self, shard: Shard) -> bool:
-        return self._intact(shard) and {*self.needs} <= {*shard.holds}
+        return self._intact(shard) and not self._needs_more(shard)
+
+    def _needs_more(self, shard: Shard) -> bool:
+        return not {*self.needs} <= {*shard.holds}
 
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""

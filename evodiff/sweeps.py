@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -76,11 +77,18 @@ def _values(overrides: Sequence[str]) -> list[list[str]]:
 
 def _swept(override: Override, text: str) -> list[str]:
     if isinstance(pattern := override.value(), Glob):
-        return list(pattern.filter(choices(override.key_or_group)))
+        known = choices(override.key_or_group)
+        if not (found := list(pattern.filter(known))):
+            possible = f"Possible: {', '.join(known)}." if known else "Only groups have choices, like solver=glob(*)."
+            raise ConfigError(f"{text} is none of the choices. {possible}")
+        return found
     try:
-        return list(override.sweep_string_iterator())
+        values = list(override.sweep_string_iterator())
     except HydraException as e:  # an interval has no list of values
         raise ConfigError(f"{text} cannot be swept ({e}). Give values, like nfe=5,10 or nfe=range(5,11).") from e
+    if not values:
+        raise ConfigError(f"{text} has no values. Give some, like nfe=5,10 or nfe=range(5,11).")
+    return values
 
 
 def sweep(action: Action, overrides: Sequence[str]) -> int:
@@ -96,11 +104,14 @@ def sweep(action: Action, overrides: Sequence[str]) -> int:
 def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
     """Do `action` for each list of overrides; returns the number of failures, at most MOST.
 
-    What is done starts nothing, and jobs that make the same, as batch=100,200 does, are one. A job that fails, aborts
-    or is killed does not end the others.
+    What is done starts nothing, and jobs that make the same, as batch=100,200 does, are one. Those that make something
+    else of one run, as metrics=[fid],[contrast] does, follow each other. A job that fails, aborts or is killed does not
+    end the others.
     """
-    todo, failures = [], []
+    rounds: list[list[list[str]]] = []
+    failures = []
     seen: set[tuple[str, ...]] = set()
+    of_run: Counter[str] = Counter()
 
     def tell(overrides: list[str], outcome: Outcome) -> None:
         if outcome.failed:
@@ -120,8 +131,13 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
             continue
         seen.add(made)
         outcome = _already(action, overrides, Path(made[0]))
-        tell(overrides, outcome) if outcome is not None else todo.append(overrides)
-    if todo:
+        if outcome is not None:
+            tell(overrides, outcome)
+            continue
+        rounds += [[]] * (of_run[made[0]] == len(rounds))
+        rounds[of_run[made[0]]].append(overrides)
+        of_run[made[0]] += 1
+    for todo in rounds:
         for i, outcome in launcher.launch(partial(work, action.do), todo):
             if isinstance(outcome, Died):
                 outcome = Outcome(f"{outcome.reason}; the same command runs it again", failed=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 
 def obey(job):
@@ -13,6 +14,12 @@ def obey(job):
     elif job == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     return f"{job} done"
+
+
+def wait_for_ever(folder, job):
+    """Tell which process this is, and stay."""
+    Path(folder, "pid").write_text(str(os.getpid()))
+    signal.pause()
 
 
 def meet(folder, name):

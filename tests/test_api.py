@@ -4,7 +4,7 @@ import doctest
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -163,6 +163,27 @@ def test_torchs_own_random_numbers_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("model", ["mixture", "mixture_digits", "mnist_tiny"])
+def test_torchs_defaults_change_no_image(model):
+    expected = evodiff.sample(model, "ddim", 2, range(2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = evodiff.sample(model, "ddim", 2, range(2))
+        with torch.device("meta"):
+            elsewhere = evodiff.sample(model, "ddim", 2, range(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.x, expected.x) and torch.equal(elsewhere.x, expected.x)
+
+
+def test_a_device_with_a_number_is_that_one(monkeypatch):
+    monkeypatch.setattr(evodiff.api, "device_for", str)
+    model = replace(mixture(), device=torch.device("cpu:1"))
+    assert evodiff.sample(model, nfe=2, seeds=[0], device="cpu").nfe == 2
+    with pytest.raises(ConfigError, match="device=cpu:0 is not the model's, cpu:1"):
+        evodiff.sample(model, nfe=2, seeds=[0], device="cpu:0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,7 +204,9 @@ def test_torchs_own_random_numbers_are_left_alone():
         ({"guidance": "clasifier"}, "guidance=clasifier does not exist. Did you mean classifier?"),
         ({"model": nn.Conv2d(1, 1, 1)}, "make a model of it: evodiff.wrap"),
         ({"device": "gpu"}, "device=gpu is not available here"),
-        ({"model": mixture(), "device": "meta"}, "device=meta is not the model's, cpu"),
+        ({"device": "meta"}, "device=meta is not supported. Use device=auto, or one of cpu, cuda, mps, xpu"),
+        ({"device": "hpu"}, "device=hpu is not supported"),
+        ({"shape": 5}, "three whole numbers above 0"),
         ({"model": mixture(), "shape": (3, 9, 9)}, r"shape=\(3, 9, 9\) is not the model's, \(3, 8, 8\)"),
         ({"model": "mixture", "shape": (3, 9, 9)}, r"shape=\(3, 9, 9\) is not the model's"),
         ({"model": mixture().denoiser(None), "shape": (3, 8, 8), "device": "gpu"}, "device=gpu is not available here"),

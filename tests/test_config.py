@@ -7,6 +7,7 @@ from importlib import import_module
 
 import hydra
 import pytest
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -82,9 +83,13 @@ def test_bad_seed_ranges(text):
         parse_range(text)
 
 
-def test_seeds_are_at_most_what_a_range_can_count():
-    assert len(parse_range("0-9223372036854775806")) == 9223372036854775807
-    with pytest.raises(ConfigError, match="99999999999999999999 is too large.* at most 9223372036854775806"):
+def test_seeds_are_at_most_what_torchs_generator_tells_apart():
+    assert parse_range("0-4294967295")[-1] == 4294967295
+    small, large = (torch.randn(3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 2**32))
+    assert torch.equal(small, large)
+    with pytest.raises(ConfigError, match="4294967296 is too large.* at most 4294967295"):
+        parse_range("0-4294967296")
+    with pytest.raises(ConfigError, match="99999999999999999999 is too large.* at most 4294967295"):
         parse_range("0-99999999999999999999")
 
 
@@ -162,6 +167,10 @@ def test_a_solver_file_that_is_none_is_answered_in_a_sentence(own_solver, conten
         ("++nef=5", "nef is no key of the configuration. Did you mean nfe?"),
         ("+nef.a=5", "nef is no key of the configuration."),
         ("=3", "'=3' is no override. Expected key=value"),
+        ("hydra=5", "'hydra=5' is no override. Expected key=value"),
+        ("nfe=${oc.env:NOPE}", "'NOPE' not found\". Give its value in place of the ${...}."),
+        ("nfe=${nfe}", "Give its value in place of the ${...}."),
+        ("hydra.launcher.n_jobs=1,2", "hydra.launcher.n_jobs=1,2 are several values: hydra.launcher.n_jobs takes one."),
     ],
 )
 def test_a_typo_names_the_nearest(override, message):

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import select
+import subprocess
 import sys
 from functools import partial
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -141,6 +144,22 @@ def test_a_fresh_process_follows_a_failure():
     assert second is None
     assert third != first
     assert len({*outcomes(Processes(1), ["fine", "fine"], pid_or_nothing)}) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="no way to wait for a process that is no child")
+def test_a_worker_ends_with_a_launcher_that_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "pid")
+    lines = ["from functools import partial", "from sweep_jobs import wait_for_ever"]
+    lines += ["from evodiff.launchers import Processes", "if __name__ == '__main__':"]
+    lines += [f"    list(Processes(1).launch(partial(wait_for_ever, {str(tmp_path)!r}), ['job']))"]
+    (tmp_path / "sweep.py").write_text("\n".join(lines))
+    here = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    launcher = subprocess.Popen([sys.executable, tmp_path / "sweep.py"], env=here)
+    worker = os.pidfd_open(int((tmp_path / "pid").read_text()))
+    launcher.kill()
+    launcher.wait()
+    ended, _, _ = select.select([worker], [], [], 60)
+    assert ended
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

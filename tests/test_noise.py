@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from evodiff import noise as noise_module
 from evodiff.errors import ConfigError
 from evodiff.noise import LegacyNoise, SeededNoise
 
@@ -20,6 +21,19 @@ def test_a_seed_does_not_depend_on_its_batch():
 def test_a_seed_is_torchs_own():
     torch.manual_seed(7)
     assert torch.equal(SeededNoise([7]).latents(SHAPE)[0], torch.randn(SHAPE))
+
+
+@pytest.mark.parametrize("make", [lambda: SeededNoise([3, 4]), lambda: LegacyNoise([3, 7], batch=5)])
+def test_numbers_do_not_depend_on_torchs_defaults(make, monkeypatch):
+    monkeypatch.setattr(noise_module, "_draws", noise_module._Draws)  # nothing is remembered
+    expected = make().latents(SHAPE)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = make().latents(SHAPE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_labels_have_their_own_stream():

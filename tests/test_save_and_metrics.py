@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from evodiff.config import build
+from evodiff.locks import locked
 from evodiff.metrics import score as metrics_score
 from evodiff.metrics.distances import recut
 from evodiff.metrics.score import Scorer
-from evodiff.runs import loaded
+from evodiff.runs import loaded, score
 from evodiff.runs.job import Job
 from evodiff.runs.sample import sample_batches, sample_run
 from evodiff.runs.score import score_run
@@ -151,10 +152,37 @@ def test_what_was_measured_before_is_kept_beside_what_is_asked_now(run, results)
     assert moved["metrics"]["rmse@24"] != first["metrics"]["rmse@24"]
 
 
-def test_nothing_is_kept_of_another_protocol_or_of_other_images(run, results):
+def test_each_protocol_has_a_record_of_its_own(run, results):
     assert run("metrics=[fid]")[0] == 0
-    assert run("metrics=[contrast]", "protocol.resize=tf1")[0] == 0
-    assert record_of(results)["metrics"].keys() == {"contrast@24"}
+    first = (folder_of(results) / "score.json").read_bytes()
+    assert run("metrics=[fid,contrast]", "protocol.n=4000")[0] == 0
+    assert run("metrics=[saturated]", "protocol=none")[0] == 0
+    own, none = sorted(folder_of(results).glob("score-*.json"))
+    assert json.loads(own.read_text())["metrics"].keys() == {"fd_mnist@24", "contrast@24"}
+    assert json.loads(own.read_text())["protocol"]["hash"] in own.name
+    assert none.name == "score-none.json" and json.loads(none.read_text())["metrics"].keys() == {"saturated@24"}
+    assert (folder_of(results) / "score.json").read_bytes() == first
+    written = own.stat().st_mtime_ns
+    assert run("metrics=[fid]", "protocol.n=4000")[0] == 0
+    assert own.stat().st_mtime_ns == written, "what was measured is not measured again"
+
+
+def test_a_run_is_scored_by_one_process_at_a_time(run, results, monkeypatch):
+    """Or one would write over what the other has measured."""
+    assert run("metrics=[contrast]")[0] == 0
+    measured = score._scored
+
+    def while_locked(job):
+        with locked(job.run.folder, "score.lock", timeout=0) as free:
+            assert not free
+        return measured(job)
+
+    monkeypatch.setattr(score, "_scored", while_locked)
+    assert run("metrics=[saturated]")[0] == 0
+    assert record_of(results)["asked"] == ["contrast", "saturated"]
+
+
+def test_nothing_is_kept_of_other_images(run, results):
     assert run("metrics=[fid]")[0] == 0
     for shard in folder_of(results).glob("shard-*"):
         shard.unlink()

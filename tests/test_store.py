@@ -112,6 +112,21 @@ def test_a_shard_takes_the_place_of_one_that_cannot_be_used(tmp_path, trouble):
     assert spans(store) == [(2, 3)]
 
 
+def test_a_shard_that_lacks_an_array_stays_until_what_takes_its_place_is_whole(tmp_path):
+    """A job that asks for the states as well, cuts the seeds finer, and is killed, costs no images."""
+    images = {"images": content(range(2, 8))["images"]}
+    store_at(tmp_path).write(range(2, 8), images, nfe=5, seconds=1.0, weights={})
+    write(store_at(tmp_path), range(8, 10))
+    store = SampleStore(tmp_path, RUN, range(10), 2, needs=["x"])
+    assert store.missing() == [range(0, 2), range(2, 8)]
+    write(store, range(0, 2))
+    with pytest.raises(StoreError, match=r"has its images, but 1 of 3 shards not the x .* reference_run=null"):
+        next(store.batches("images"))
+    assert store_at(tmp_path).missing() == []
+    write(store, range(2, 8))
+    assert store.missing() == []
+
+
 def test_a_range_that_another_cut_has_begun_is_not_handed_out_whole(tmp_path):
     mine = store_at(tmp_path)
     write(store_at(tmp_path, shard=2), range(2, 4))

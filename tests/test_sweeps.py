@@ -80,6 +80,19 @@ def test_an_interval_has_no_values_to_sweep(evodiff_command):
     assert code == 1 and "nfe=interval(2,3) cannot be swept" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ("solver=glob(nosuch*)", "solver=glob(nosuch*) is none of the choices. Possible: bdia, ddim"),
+        ("nfe=glob(*)", "nfe=glob(*) is none of the choices. Only groups have choices"),
+        ("nfe=range(5,5)", "nfe=range(5,5) has no values"),
+    ],
+)
+def test_a_sweep_over_nothing_is_refused(evodiff_command, swept, message):
+    code, _, err = evodiff_command("run", "-m", *MIXTURE, swept)
+    assert code == 1 and message in err and err.count("\n") == 1
+
+
 def test_a_typo_in_a_sweep_is_found_before_the_first_run(evodiff_command, results):
     code, _, err = evodiff_command("run", "-m", *MIXTURE, "solver=ddim,evodif", "nfe=5")
     assert code == 1
@@ -236,10 +249,26 @@ def test_jobs_that_make_the_same_are_one(results, capsys):
     assert launch(Action(behave, whether_done), combinations([*MIXTURE[:5], *swept]), notes) == 0
     assert [(job[5], *job[7:]) for job in notes.jobs] == [
         (f"solver={solver}", "batch=2", f"metrics=[{metric}]")
-        for solver in ("ddim", "euler_maruyama")
         for metric in ("contrast", "saturated")
+        for solver in ("ddim", "euler_maruyama")
     ]
     assert capsys.readouterr().err.count("evodiff: a job before makes the same [model=mixture ") == 4
+
+
+def test_jobs_of_one_run_follow_each_other(results):
+    """Side by side one would find the other at work on its images, and fail."""
+    at_once = []
+
+    def launcher(function, jobs):
+        at_once.append([(job[5], job[7]) for job in jobs])
+        return enumerate(function(job) for job in jobs)
+
+    swept = ["solver=ddim,euler_maruyama", "nfe=5", "metrics=[contrast],[saturated]"]
+    jobs = [*combinations([*MIXTURE[:5], *swept]), [*MIXTURE[:5], "solver=ddpm", "nfe=5", "metrics=[contrast]"]]
+    assert launch(Action(behave, lambda job: None), jobs, SimpleNamespace(launch=launcher)) == 0
+    first, second = at_once
+    assert first == [(f"solver={s}", "metrics=[contrast]") for s in ("ddim", "euler_maruyama", "ddpm")]
+    assert second == [(f"solver={s}", "metrics=[saturated]") for s in ("ddim", "euler_maruyama")]
 
 
 @pytest.mark.parametrize("launcher", [Processes(1), Notes()])

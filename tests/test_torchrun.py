@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from evodiff import commands
+from evodiff import commands, ranks
 from evodiff.paths import ROOT
 from evodiff.runs import distributed
 from evodiff.runs.job import Job, store_of
@@ -232,8 +232,21 @@ def test_a_rank_uses_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    distributed.use_own_gpu()
+    ranks.use_own_gpu()
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for local in ("0", "3", "5"):
         monkeypatch.setenv("LOCAL_RANK", local)
-        distributed.use_own_gpu()
+        ranks.use_own_gpu()
     assert chosen == [0, 3, 1]
+
+
+def test_a_rank_alone_is_the_first(evodiff_command, results, monkeypatch):
+    """Other schedulers leave such variables, too."""
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = evodiff_command("run", *ALONE)
+    assert code == 0 and "contrast@" in out
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert evodiff_command("run", *ALONE)[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    code, _, err = evodiff_command("run", *ALONE)
+    assert code == 1 and "the environment has WORLD_SIZE=two, where torchrun puts a number" in err

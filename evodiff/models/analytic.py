@@ -52,10 +52,10 @@ def mixture(
     """A mixture of `components` Gaussians with random means in [-1, 1]: every solver's error can be known exactly."""
     if components < 1 or std <= 0:
         raise ConfigError(f"mixture: components={components} must be at least 1 and std={std} above 0")
-    random = torch.Generator().manual_seed(seed)
-    means = 2 * torch.rand(components, *shape, generator=random, dtype=torch.float64) - 1
+    random = torch.Generator("cpu").manual_seed(seed)
+    means = 2 * torch.rand(components, *shape, generator=random, dtype=torch.float64, device="cpu") - 1
     means = means.to(device, widest_float(device))
-    stds = torch.full((components,), std, dtype=means.dtype).to(device)
+    stds = torch.full((components,), std, dtype=means.dtype, device="cpu").to(device)
     denoiser = GaussianMixture(means, stds, torch.full_like(stds, 1 / components), schedule)
     channels, height, width = shape
     return Pretrained(lambda labels: denoiser, shape=(channels, height, width), device=torch.device(device))

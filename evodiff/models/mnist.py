@@ -48,8 +48,8 @@ def mixture_digits(
         raise ConfigError(f"mixture_digits: digits={digits} is impossible; there are 1 to {len(images)}")
     if std <= 0:
         raise ConfigError(f"mixture_digits: std={std} must be above 0")
-    rows = torch.arange(digits) * len(images) // digits
+    rows = torch.arange(digits, device="cpu") * len(images) // digits
     means: Tensor = (images[rows].double() / 127.5 - 1).to(device, widest_float(device))
-    stds = torch.full((digits,), std).to(device)
+    stds = torch.full((digits,), std, dtype=torch.float32, device="cpu").to(device)
     denoiser: Denoiser = GaussianMixture(means, stds, torch.full_like(stds, 1 / digits), schedule)
     return Pretrained(lambda labels: denoiser, shape=(1, 32, 32), device=torch.device(device))

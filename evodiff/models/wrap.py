@@ -20,7 +20,7 @@ line, a file configs/model/mine.yaml and `evodiff run model=mine`:
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from evodiff.errors import ConfigError
 from evodiff.files import sha256
 from evodiff.models.adapter import ContinuousTime, DiscreteTime, NetworkDenoiser, NoiseLevel, process
 from evodiff.models.pretrained import Pretrained
+from evodiff.noise import normal32
 from evodiff.paths import resolve
 from evodiff.schedule import EDM, DiscreteVP, Node, NoiseSchedule
 
@@ -80,9 +81,9 @@ def wrap(
         raise ConfigError(f"wrap: schedule={schedule!r} must be an object of evodiff.schedule, like LinearVP()")
     if label is not None and not callable(label):
         raise ConfigError(f"wrap: label={label!r} must be a function of a node, like ContinuousTime(999), or None")
-    if type(num_classes) is not int or num_classes < 0:
+    if not _whole(num_classes):
         raise ConfigError(f"wrap: num_classes={num_classes!r} must be a whole number, 0 for a network without classes")
-    if null_label is not None and (type(null_label) is not int or null_label < 0 or not num_classes):
+    if null_label is not None and not (_whole(null_label) and num_classes):
         raise ConfigError(
             f"wrap: null_label={null_label!r} must be a whole number from 0 on, of a network with classes, or None"
         )
@@ -145,6 +146,11 @@ def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def _whole(number: Any) -> bool:
+    """Whether it is a whole number from 0 on, also one of numpy's."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and number >= 0
+
+
 def _ends(data_range: Sequence[float]) -> tuple[float, float]:
     try:
         black, white = map(float, data_range)
@@ -181,10 +187,12 @@ def _check(wrapped: Pretrained, predicts: str, null_label: int | None) -> None:
     denoise = wrapped.denoiser(y)
     assert isinstance(denoise, NetworkDenoiser)
     schedule, network = denoise.schedule, denoise.network
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
     rows = len(ends) if wrapped.num_classes else 2
-    clean = (2 * torch.rand(rows, *wrapped.shape, generator=random) - 1).to(wrapped.device)
-    noise = torch.randn(clean.shape, generator=random).to(wrapped.device)
+    clean = (2 * torch.rand(rows, *wrapped.shape, generator=random, dtype=torch.float32, device="cpu") - 1).to(
+        wrapped.device
+    )
+    noise = normal32(clean.shape, random).to(wrapped.device)
 
     def watched(x: Tensor, t: Tensor) -> Tensor:
         where = f"x {list(x.shape)}, t {t[0].item():.6g}"

@@ -6,7 +6,6 @@ system's own (`flock`). A file system without it is refused with a StoreError, f
 when its machine dies, and the others would wait for ever.
 """
 
-import os
 import sys
 import time
 
@@ -16,24 +15,6 @@ from evodiff.store import SampleStore
 
 POLL = 1.0
 """Seconds between two looks at a run that others work on."""
-
-
-def rank() -> int:
-    """This process's number under torchrun; 0 is the one that scores, and the only one elsewhere."""
-    return int(os.environ.get("RANK", 0))
-
-
-def processes() -> int:
-    """How many torchrun started; 1 elsewhere."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def use_own_gpu() -> None:
-    """Let `cuda` mean the GPU of this rank."""
-    import torch
-
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def finish(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from evodiff.cpu import use_cpu
 from evodiff.device import device_name
 from evodiff.errors import ConfigError, StoreError
 from evodiff.files import sha256
+from evodiff.locks import locked
 from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol
@@ -20,6 +22,8 @@ from evodiff.runs.loaded import loaded
 from evodiff.runs.record import Record, versions
 from evodiff.runs.run import Run
 from evodiff.store import SampleStore, Shard
+
+UNKNOWN = "unknown"
 
 
 def check_scorable(job: Job) -> None:
@@ -49,10 +53,17 @@ def check_scorable(job: Job) -> None:
 def score_run(job: Job) -> Record:
     """Score the images of a complete run.
 
-    A score.json of these images that has what is asked is taken as it is; of another one all that still holds is kept.
+    A record of these images that has what is asked is taken as it is; of another one of the same protocol all that
+    still holds is kept. Of processes that score a run one works, and the others wait.
     """
     if record := current_record(job):
         return record
+    store_of(job).check_complete()
+    with locked(job.run.folder, "score.lock"):
+        return current_record(job) or _scored(job)
+
+
+def _scored(job: Job) -> Record:
     run, reference = job.run, job.reference
     use_cpu(job.threads)
     store = store_of(job)
@@ -89,12 +100,27 @@ def score_run(job: Job) -> Record:
         asked=list(dict.fromkeys([*asked, *job.metrics])),
         files=files,
     )
-    record.write(run.folder / "score.json")
+    record.write(score_file(job))
     return record
 
 
+def score_file(job: Job) -> Path:
+    """score.json in the run's folder, or score-<hash>.json beside the one that is of another protocol."""
+    path = job.run.folder / "score.json"
+    own = job.protocol.hash if job.protocol else None
+    return path if _protocol_of(path) in (own, UNKNOWN) else path.with_stem(f"score-{own or 'none'}")
+
+
+def _protocol_of(path: Path) -> str | None:
+    """The hash of the protocol of a record; UNKNOWN if there is none, or one that cannot be read."""
+    try:
+        return (Record.read(path).protocol or {}).get("hash")
+    except StoreError:
+        return UNKNOWN
+
+
 def current_record(job: Job) -> Record | None:
-    """The score.json of a run, if it is of the images that are there and has what is asked."""
+    """The record of a run, if it is of the images that are there and has what is asked."""
     reference = job.reference_run.key() if job.reference_run else None
     record = scored_before(job)
     has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
@@ -102,9 +128,9 @@ def current_record(job: Job) -> Record | None:
 
 
 def scored_before(job: Job) -> Record | None:
-    """The score.json of a run, if it is of the images that are there, by the job's protocol."""
+    """The record of a run by the job's protocol, if it is of the images that are there."""
     store = store_of(job)
-    path = job.run.folder / "score.json"
+    path = score_file(job)
     if not path.exists() or store.missing():
         return None
     try:

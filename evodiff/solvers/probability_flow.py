@@ -37,7 +37,8 @@ E = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 class ProbabilityFlow(Solver):
     """Each step keeps the root mean square of error / (atol + rtol |y|) below 1 in the worst sample of the batch.
 
-    So every sample meets the tolerances, and its last digits (below them) depend on the samples beside it.
+    So every sample meets the tolerances in each step. But the steps, the NFE and with them the result, to within the
+    error that all steps make together, depend on the samples beside it: on the batch size.
     """
 
     rtol: float = 1e-5
@@ -49,6 +50,10 @@ class ProbabilityFlow(Solver):
         for name in ("rtol", "atol", "max_steps"):
             check_number(self, name, lambda v: v > 0, "above 0")
         super().__post_init__()
+
+    @property
+    def caveat(self) -> str:
+        return "its steps are those of the worst sample of a batch, so images and NFE depend on the batch size"
 
     @property
     def global_order(self) -> float:

@@ -21,7 +21,7 @@ from evodiff.plots import Curve
 from evodiff.runs.job import Job
 from evodiff.runs.record import Record
 from evodiff.runs.sample import sample_run
-from evodiff.runs.score import check_scorable, current_record, score_run
+from evodiff.runs.score import check_scorable, current_record, score_file, score_run
 from evodiff.tables import inputs, pages, text, trajectory
 from evodiff.tables.cells import Cell, Row, with_seeds
 from evodiff.tables.content import PAPER_METRICS, checked, chosen
@@ -248,14 +248,14 @@ class Table:
         return {place: job.run.key() for place, job in self.jobs.items()}
 
     def record_of(self, job: Job) -> Record | None:
-        """A run's score.json in its folder, or the copy committed with the table, also with the whole one of which this
+        """The record in a run's folder, or the copy committed with the table, also with the whole one of which this
         is a part; None if none is there, or if it was scored by another protocol, lacks a metric, or has its errors
         from another reference run."""
         wanted = job.protocol.hash if job.protocol else None
         reference = job.reference_run.key() if job.reference_run else None
         name = f"{job.run.key()}.json"
         copies = [folder / "records" / name for folder in (self.folder, self.folder.with_name(self.config))]
-        for path in filter(Path.exists, (job.run.folder / "score.json", *copies)):
+        for path in filter(Path.exists, (score_file(job), *copies)):
             record = _read_record(path, path.stat().st_mtime_ns)
             if (
                 record is not None
