@@ -57,5 +57,6 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# sampled images stay: results/runs may hold days of work
 clean:
-	rm -rf .venv results/runs results/tables/demo results/tables/smoke
+	rm -rf .venv results/tables/demo results/tables/smoke

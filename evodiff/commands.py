@@ -339,6 +339,7 @@ def verify_main(argv: list[str]) -> int:
         return 0
     known = ("solvers", "networks", "metrics")
     if not argv or argv[0] not in known:
-        what = argv[0] if argv else "nothing"
-        raise ConfigError(f"{what} cannot be verified.{nearest(what, known)} Possible: {', '.join(known)}.")
+        if not argv:
+            raise ConfigError(f"say what to verify: {', '.join(known)}.")
+        raise ConfigError(f"{argv[0]} cannot be verified.{nearest(argv[0], known)} Possible: {', '.join(known)}.")
     return importlib.import_module(f"evodiff.verify.{argv[0]}").main(argv[1:])

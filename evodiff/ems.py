@@ -60,9 +60,10 @@ def _load(folder: str, path: Path, lambdas: tuple[float, ...] | None, written: t
         ) from e
     if own is not None:
         nodes = own
-        if lambdas is not None and len(own) and not np.allclose(own[[0, -1]], lambdas, rtol=0, atol=1e-3):
+        given = lambdas if len(own) else None
+        if given is not None and (len(given) != 2 or not np.allclose(own[[0, -1]], given, rtol=0, atol=1e-3)):
             raise ConfigError(
-                f"statistics.lambdas={list(lambdas)}, but {path / 'l.npz'} says {own[0]:.4g} to {own[-1]:.4g}; "
+                f"statistics.lambdas={list(given)}, but {path / 'l.npz'} says {own[0]:.4g} to {own[-1]:.4g}; "
                 f"leave statistics.lambdas at null"
             )
     elif lambdas is None or len(lambdas) != 2 or not lambdas[0] < lambdas[1]:

@@ -102,7 +102,9 @@ def search(
 
     Raises ConfigError, and SamplingError where the network returns NaN or inf.
     """
-    if not steps or min(steps) < 1 or max(steps) > len(fine):
+    if not steps:
+        raise ConfigError(f"gits: steps is empty: give numbers of steps in 1 to fine={len(fine)}")
+    if min(steps) < 1 or max(steps) > len(fine):
         raise ConfigError(f"gits: steps {min(steps)} to {max(steps)} must lie in 1 to fine={len(fine)}")
     if not 0 < gamma < math.inf:
         raise ConfigError(f"gits: gamma={gamma} is impossible; possible: above 0, 1 for errors that just add")

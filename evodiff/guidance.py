@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.models.pretrained import Classifier as LogProbability
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import Node
@@ -65,9 +65,10 @@ class ClassifierFree:
         check_number(self, "scale", math.isfinite, "a number")
 
     def __call__(self, model: Pretrained, labels: Tensor | None) -> Denoiser:
-        if labels is None:
+        if labels is None or not model.takes_labels:
             raise ConfigError(
-                "guidance=classifier_free needs a conditional model, and this one takes no labels. Use guidance=none."
+                "guidance=classifier_free needs a conditional model, and this one's network takes no labels. "
+                f"Use guidance={'none' if model.classifier is None else 'classifier or guidance=none'}."
             )
         if not model.unconditional:
             raise ConfigError(
@@ -84,9 +85,18 @@ class _ClassifierGuided:
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         D = self.denoiser(x, node)
-        with torch.enable_grad():  # of this x only: no graph outlives the call
-            leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_p(leaf, node, self.labels).sum(), leaf)
+        # of this x only: no graph outlives the call; a tensor of inference mode has no gradient, a copy of it has
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf, labels = x.detach().clone().requires_grad_(), self.labels.clone()
+            try:
+                (gradient,) = torch.autograd.grad(self.log_p(leaf, node, labels).sum(), leaf)
+            except RuntimeError as e:
+                if "inference tensor" not in str(e).lower():
+                    raise
+                raise SamplingError(
+                    "guidance=classifier needs a gradient, and this classifier was made under torch.inference_mode(), "
+                    "which allows none: make the model outside of it, or under torch.no_grad()."
+                ) from e
         return D + self.scale * node.sigma**2 / node.alpha * gradient
 
 

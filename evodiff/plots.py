@@ -119,8 +119,9 @@ def save_curves(
         if positive and value <= 0:
             continue
         axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--")
-        note = axis.annotate(f"{label} {value:.3g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                             textcoords="offset points", ha="right", fontsize=8, color="#555555", zorder=4)  # fmt: skip
+        # at the left, where curves are still far above the levels
+        note = axis.annotate(f"{label}: {value:.3g}", (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3),
+                             textcoords="offset points", ha="left", fontsize=8, color="#555555", zorder=4)  # fmt: skip
         note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     nfes = nfes_of(curves)
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]

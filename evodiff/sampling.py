@@ -79,7 +79,8 @@ def start(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """The first state, [B, *shape]: sigma z; on VP schedules z, as in papers, also from a time at which sigma < 1."""
-    variance_preserving = math.isclose(node.alpha**2 + node.sigma**2, 1, abs_tol=1e-6)
+    # not EDM's alpha = 1, however small its sigma
+    variance_preserving = node.alpha < 1 and math.isclose(node.alpha**2 + node.sigma**2, 1, abs_tol=1e-6)
     return noise.latents(shape).to(device, dtype) * (1.0 if variance_preserving else node.sigma)
 
 

@@ -1,6 +1,7 @@
 """Noise schedules: x_t = alpha_t x_0 + sigma_t z, and the half-log-SNR lam = log(alpha / sigma) that orders them."""
 
 import bisect
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -160,7 +161,7 @@ class DiscreteVP(VariancePreserving):
 
     def __post_init__(self) -> None:
         values = tuple(float(v) for v in self.log_alphas)
-        if len(values) < 2 or any(b >= a for a, b in zip(values, values[1:], strict=False)):
+        if len(values) < 2 or not all(a > b for a, b in itertools.pairwise(values)):
             raise ConfigError(
                 f"DiscreteVP: {len(values)} log_alphas are no schedule: expected two or more strictly falling numbers, "
                 f"0.5 sum log(1 - beta) of betas between 0 and 1."

@@ -68,12 +68,24 @@ def _trained() -> Iterable[str]:
         *(next(iter(mnist.column(error, nfe))) != "EVODiff" for error in ("rmse", "images") for nfe in mnist.table.nfe)
     )
     claim(mnist("fd", "EVODiff", 10) < mnist.converged("fd"), evodiff > unipc)
+    every = Numbers("mnist_solvers")
+    below = {
+        nfe: ", ".join(
+            f"{named(rows)} {show(every('fd', rows[0], nfe))}"
+            for rows in distinct(every, nfe)
+            if "evodiff" not in rows and every("fd", rows[0], nfe) < mnist.converged("fd")
+        )
+        for nfe in (10, 20)
+    }
+    claim(*(below.values()), below[20].startswith("`heun`"))
     yield f"""\
 **By distance, who wins depends on the budget; by the error of the solution EVODiff never does.** Lowest `fd_mnist` at
 10,000 images: {leads(mnist)}, by more than 1.96 standard deviations of the difference to the next unless it says
 otherwise. At 10 evaluations EVODiff's images are {show(evodiff)} from the converged solution, UniPC-3's {show(unipc)},
 and yet EVODiff scores {show(mnist("fd", "EVODiff", 10))}, below the {show(mnist.converged("fd"))} of the converged
-solution itself. What lies below that line cannot be a better solution of the ODE. It makes up for the model's bias.
+solution itself. What lies below that line cannot be a better solution of the ODE. It makes up for the model's bias. Of
+the five of the first table EVODiff alone does so; of all solvers others do, without a final rule of their own: at 10
+evaluations {below[10]}; at 20 {below[20]}.
 """
 
 
@@ -102,8 +114,8 @@ ends at its limits. As contrast it overshoots: {show(mnist("contrast", "EVODiff"
 digits and {show(mnist.converged("contrast"))} of the converged samples. If every solver has the gain that suits it
 best, at 10 evaluations {each};
 EVODiff at 15 and 16 evaluations, {show(at_15)} and {show(at_16)}, has no jump any more, and at 25 it has {show(at_25)}
-and UniPC-3 {show(mnist.with_gain("UniPC-3", 25).free)}. (Distances of half of the images; gains are tuned on the
-others.)
+and UniPC-3 {show(mnist.with_gain("UniPC-3", 25).free)}. (Distances of half of the images, with a standard deviation of
+about {math.sqrt(2) * sd(mnist.verdicts["fd"]["EVODiff", 10]):.1g}; gains are tuned on 2,500 of the others.)
 """
 
 
@@ -146,7 +158,7 @@ named for, decides little on this model.
 
 
 def _quality() -> Iterable[str]:
-    lines = ["| images seen | converged | of least error | its distance | with the gain | EVODiff | with the gain |"]
+    lines = ["| images seen | converged | of least `rmse` | its distance | with the gain | EVODiff | with the gain |"]
     lines.append("|---|---:|---|---:|---:|---:|---:|")
     ahead, without = [], []
     for name, trained in MODELS.items():
@@ -174,8 +186,8 @@ brackets, being tuned on the others; the converged solution's distance is of all
     yield "\n".join(lines)
     claim(*(0.8 < share < 1 for share in ahead), *(share < 0.8 for share in without))
     yield f"""\
-Without a gain EVODiff is at {percents(without)} of UniPC-3's distance, with one for both at {percents(ahead)}: it stays
-ahead, and little is left of its lead. The less a model was trained, the larger the gain that suits it. What is left of
+Without a gain EVODiff is at {percents(without)} of UniPC-3's distance, with one for both at {percents(ahead)}:
+little is left of its lead. The less a model was trained, the larger the gain that suits it. What is left of
 the lead is not a smaller error of the solver: EVODiff's is the larger one on each of the three.
 """
 
@@ -238,12 +250,16 @@ def _resolution() -> Iterable[str]:
         of_oracle[10] > 3 * oracle > of_oracle[20],
         of_oracle[50] < oracle,
     )
+    late = Numbers("mnist_oracle").column("images", 50).values()
+    unresolved = sum(v.mean < 3 * oracle for v in late)
+    claim(unresolved > len(late) / 2)
     yield f"""\
 **The error has an error, too.** `rmse` is measured from Heun's method at 79 evaluations, which is not exact either.
 UniPC-3 at 200 evaluations is {show(model)} from it on the trained model, and {show(oracle)} on the oracle, where a few
 images end at another digit (`evodiff table mnist_converged`, `mnist_oracle_converged`). Errors below about three times
-that, {show(3 * model)} and {show(3 * oracle)}, do not tell who is better: this concerns the first places at 30 and 50
-evaluations on the model, and at 20 and 50 on the oracle.
+that, {show(3 * model)} and {show(3 * oracle)}, do not tell who is better. On the model this concerns the first places
+at 30 and 50 evaluations; on the oracle those at 20, and at 50 the errors of {unresolved} of {len(late)} solvers: what
+is said of places by error is to be read with that.
 """
 
 
@@ -299,11 +315,7 @@ def _oracle() -> Iterable[str]:
     ends, released = ([show(parts("fd", row, nfe)) for nfe in (10, 20, 50)] for row in (euler, "as released"))
     claim(abs(parts("fd", euler, 50) - converged) < sd(evodiff))
     claim(*(told_apart(parts.column("fd", nfe)["as released"], parts.column("fd", nfe)[euler]) for nfe in (10, 20, 50)))
-    at_20, at_50 = (oracle.verdicts["rmse"]["evodiff", nfe].values for nfe in (20, 50))
-    sets = ", ".join(f"{show(early)} to {show(late)}" for early, late in zip(at_20, at_50, strict=True))
-    claim([late > early for early, late in zip(at_20, at_50, strict=True)] == [True, False, False])
-    claim(parts("rmse", one, 50) < 0.7 * parts("rmse", euler, 50))
-    claim(abs(parts("images", one, 50) / parts("images", euler, 50) - 1) < 0.05)
+    claim(max(parts("rmse", row, 50) for row in (one, euler)) < 3 * own_error("mnist_oracle_converged"))
     claim(oracle("saturated", "evodiff", 50) > oracle.converged("saturated"))
     gained = {row: oracle.with_gain(row, 50) for row in last}
     ranked = sorted(samplers, key=lambda rows: gained[rows[0]].free)
@@ -312,7 +324,7 @@ def _oracle() -> Iterable[str]:
     quartiles = frees[len(frees) // 4], frees[3 * len(frees) // 4]
     claim(quartiles[0] < own.free)
     yield f"""\
-**Where the denoiser is exact, EVODiff has the lowest distance too, at 10 to 50 evaluations, and is no better a
+**Where the denoiser is exact, EVODiff has the lowest distance too, at 10, 20 and 50 evaluations, and is no better a
 solution.** The oracle knows 500 digits with noise of 0.1 on them; means of three sets of {oracle.table.images:,}
 images:
 """
@@ -333,9 +345,8 @@ half of the third set) nothing of it is left: half of the samplers score between
 number {place} of {len(ranked)}. (`dpm_v3` has no statistics of the oracle, and runs with l = 1 and s = b = 0;
 `teleport` has the mean and covariance of real digits.) Above 20 steps the released code has another formula for zeta
 (`fine_grid`). On the first set, at 50 evaluations with the Euler end, the error of the states is
-{show(parts("rmse", euler, 50))} with it and {show(parts("rmse", one, 50))} without, but that of the images
-{show(parts("images", euler, 50))} and {show(parts("images", one, 50))}; and between 20 and 50 evaluations the released
-method's error of the states goes from {sets} in the three sets. So only the first says that the formula does harm.
+{show(parts("rmse", euler, 50))} with it and {show(parts("rmse", one, 50))} without: both are below what the converged
+solution resolves, so whether the formula does harm is not known.
 """
 
 
@@ -354,10 +365,11 @@ def _for_readers() -> Iterable[str]:
     yield f"""\
 - A lower FID at some ten evaluations does not say that the ODE is solved better. Ask for the distance to the converged
   solution of the same seeds, and for the FID of the converged solution: what is below it comes from something else.
-- The final rule of the released EVODiff is a part of its scores. The rows that its paper reports for CIFAR-10 are at 5
-  to 12 evaluations, all before the jump. With `denoise_final=true`, as its authors ran it, one more answer of the
-  network follows; at a noise of 0.002 EDM's preconditioning lets it change the image by 0.002 times the network's
-  output.
+- The final rule of the released EVODiff is a part of its scores. The rows that its paper is noted to report for
+  CIFAR-10 are at 5 to 12 evaluations, all before the jump; those of FFHQ and ImageNet go beyond it. With
+  `denoise_final=true`, as its authors ran it, the last evaluation is one more answer of the network and not a step, so
+  that all that is said of EVODiff here, its jump as well, comes one evaluation later; at a noise of 0.002 EDM's
+  preconditioning lets that answer change the image by 0.002 times the network's output.
 - The lowest distance on an exact model does not say so either: on the oracle, what was asked for is not what the score
   compares with, and the sampler that comes closest to the reference is one that does not give what was asked.
 - Digits are a favourable case for a gain, for most of their pixels lie at the limits of the range, and those of

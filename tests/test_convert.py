@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import ADM, CLASSIFIER, DDIM, SCORE_SDE, equal, official_edm_pickle, saved, weights
+from safetensors.torch import save_file
 
 from evodiff.checkpoints import checkpoint as module
 from evodiff.checkpoints import load
@@ -269,6 +270,34 @@ def test_a_json_of_somebody_else_is_not_overwritten(tmp_path):
     with pytest.raises(ConfigError, match="would be overwritten"):
         convert(path, tmp_path / "notes.safetensors", Description("", ADM))
     assert notes.read_text() == '{"mine": 1}' and not (tmp_path / "notes.safetensors").exists()
+    notes.write_bytes(b"\xff\x00")
+    with pytest.raises(ConfigError, match="notes.json is not a file .* would be overwritten"):
+        convert(path, tmp_path / "notes.safetensors", Description("", ADM))
+
+
+def test_weights_of_somebody_else_are_not_overwritten(tmp_path, capsys):
+    model = weights("guided_diffusion", ADM)
+    source, other = tmp_path / "a.safetensors", tmp_path / "other.safetensors"
+    save_file(model, source)
+    (tmp_path / "net.json").write_text(json.dumps({"constructor_kwargs": ADM}))
+    for content in (source.read_bytes(), b"notes"):
+        other.write_bytes(content)
+        before = {p.name: p.read_bytes() for p in tmp_path.glob("*.*")}
+        for out in (source, tmp_path / "." / "a.safetensors", other):
+            command = ["convert", str(source), "--config", str(tmp_path / "net.json"), "--out", str(out)]
+            assert main(command) == 1
+            said = capsys.readouterr().err
+            assert f"{out} is not a file of `evodiff convert` and would be overwritten" in said
+        assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*")} == before
+
+
+def test_what_was_converted_is_overwritten_also_where_it_was_cut_short(tmp_path):
+    path = saved(tmp_path / "a.pt", weights("guided_diffusion", ADM))
+    out = convert(path, tmp_path / "out.safetensors", Description("", ADM))
+    whole = out.read_bytes()
+    for before in (whole, whole[:1000]):
+        out.write_bytes(before)
+        assert convert(path, out, Description("", ADM)).read_bytes() == whole
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -142,6 +142,8 @@ def test_our_layout_names_its_range_and_refuses_another(tmp_path):
     assert ems.load(str(tmp_path / "ems")).lambdas[-1] == 1
     with pytest.raises(ConfigError, match="says -1 to 1"):
         ems.load(str(tmp_path / "ems"), lambdas=[-1, 2])
+    with pytest.raises(ConfigError, match=r"lambdas=\[-1, 0, 1\], but .* says -1 to 1"):
+        ems.load(str(tmp_path / "ems"), lambdas=[-1, 0, 1])
 
 
 def test_statistics_are_shared_until_others_are_loaded_or_their_files_change(tmp_path):

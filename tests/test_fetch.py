@@ -90,6 +90,16 @@ def test_a_mirror_that_always_breaks_off_is_left_for_the_next(entry, server):
     assert server.seen[-1]["range"] == "bytes=100000-"  # the hash is known: any mirror may continue
 
 
+def test_a_mirror_that_starts_over_and_breaks_off_for_ever_is_given_up(entry, server):
+    """The second answer is shorter than the first, so the third brings more than it, but nothing new."""
+    path = entry("/a", "/b")
+    server.replies["/a"] = [{"cut": size} for size in (60_000, 30_000) * 10]
+    server.replies["/b"] = [{}]
+    fetch("thing")
+    asked = [request["path"] for request in server.seen]
+    assert path.read_bytes() == CONTENT and asked == ["/a"] * (1 + module.ATTEMPTS) + ["/b"]
+
+
 def test_what_another_mirror_began_is_not_continued_without_a_hash(entry, server):
     path = entry("/a", "/b")
     server.replies["/a"] = [{"cut": 100_000, "etag": '"1"'}]
@@ -257,6 +267,7 @@ def test_a_web_page_is_not_taken_for_the_file(entry, server, reply):
         ({"content": b""}, "ended after 0 bytes of some 100 MB"),
         ({"headers": {"Content-Length": None}}, "ended after 524,288 bytes of some 100 MB"),
         ({"headers": {"Content-Encoding": "gzip"}}, "in another form .gzip"),
+        ({}, r"another file: it has 0\.5 MB, and the published file some 100 MB"),
     ],
 )
 def test_an_answer_that_cannot_be_the_file_is_refused_without_a_hash(entry, server, reply, message):
@@ -265,6 +276,29 @@ def test_an_answer_that_cannot_be_the_file_is_refused_without_a_hash(entry, serv
     with pytest.raises(CheckpointError, match=message):
         fetch("thing")
     assert not path.exists() and len(server.seen) <= 1 + module.ATTEMPTS
+
+
+@pytest.mark.parametrize(("size", "message"), [(300_000, "ended after 300,000"), (1_200_000, "it has 1.2 MB")])
+def test_without_a_length_or_a_hash_the_size_that_the_manifest_states_decides(entry, server, size, message):
+    path = entry("/a", mb=1)
+    reply = {"headers": {"Content-Length": None}}
+    server.replies["/a"] = [reply | {"content": bytes(size)}]
+    with pytest.raises(CheckpointError, match=message):
+        fetch("thing")
+    assert not path.exists()
+    server.replies["/a"] = [reply | {"content": bytes(950_000)}]
+    assert fetch("thing").stat().st_size == 950_000
+
+
+def test_an_address_that_is_none_does_not_stop_the_next(entry, server):
+    path = entry("/a")
+    manifest = json.loads(registry.MANIFEST.read_text())
+    manifest["thing"]["urls"].insert(0, "weights.bin")
+    registry.MANIFEST.write_text(json.dumps(manifest))
+    registry._read.cache_clear()
+    server.replies["/a"] = [{}]
+    fetch("thing")
+    assert path.read_bytes() == CONTENT
 
 
 def test_one_dead_link_does_not_stop_the_others(entry, server, capsys):
@@ -321,6 +355,20 @@ def test_a_wrong_copy_is_refused_and_changes_nothing(entry, tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         fetch("thing", tmp_path / "absent")
     assert left(path) == []
+
+
+def test_a_copy_of_another_size_is_taken_with_a_remark_and_replaces_what_was_begun(entry, server, tmp_path, capsys):
+    path = entry("/a", mb=100)
+    server.replies["/a"] = [{"content": bytes(100_000_000), "cut": 1000, "etag": '"1"'}]
+    with pytest.raises(CheckpointError):
+        fetch("thing")
+    assert left(path) == ["weights.bin.part", "weights.bin.part.json"]
+    copy = tmp_path / "copy.bin"
+    copy.write_bytes(CONTENT)
+    assert main(["fetch", "thing", "--from", str(copy)]) == 0
+    said = capsys.readouterr().err
+    assert "thing: it has 0.5 MB, and the published file some 100 MB" in said and said.count("\n") == 1
+    assert left(path) == ["weights.bin"]
 
 
 def test_a_full_disk_is_said_before_the_download(entry, server, monkeypatch):

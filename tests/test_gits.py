@@ -77,6 +77,11 @@ def test_grids_found_are_better_for_the_solver_they_were_found_with():
         assert error(times) < plain
 
 
+def test_no_numbers_of_steps_are_refused():
+    with pytest.raises(ConfigError, match="steps is empty: give numbers of steps in 1 to fine=20"):
+        search(Pretrained(lambda labels: mixture(), shape=(2, 3, 3)), grid(20), [])
+
+
 def test_batches_do_not_change_the_grid():
     model = Pretrained(lambda labels: mixture(), shape=(2, 3, 3))
     fine = grid(20)

@@ -5,14 +5,17 @@ import weakref
 
 import pytest
 import torch
+from checkpoint_files import ADM, CLASSIFIER, saved, weights
 
+from evodiff.checkpoints.checkpoint import convert
+from evodiff.checkpoints.description import Description
 from evodiff.denoiser import Counting
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import LogSNR, grid_for
 from evodiff.guidance import Classifier, ClassifierFree, Unguided
 from evodiff.models.adapter import DiscreteTime, process
 from evodiff.models.analytic import GaussianMixture
-from evodiff.models.guided_diffusion import NoisyClassifier
+from evodiff.models.guided_diffusion import NoisyClassifier, guided_diffusion
 from evodiff.models.networks import build
 from evodiff.models.pretrained import Pretrained
 from evodiff.sampling import integrate
@@ -116,6 +119,44 @@ def test_guidance_that_a_model_cannot_have_is_refused():
     always_given = dataclasses.replace(unconditional, num_classes=3, unconditional=False)
     with pytest.raises(ConfigError, match="labels left out"):
         ClassifierFree()(always_given, torch.tensor([0]))
+    # the classes are the classifier's: with or without a label, the network says the same
+    blind = dataclasses.replace(unconditional, num_classes=3, classifier=log_posterior, takes_labels=False)
+    with pytest.raises(ConfigError, match="takes no labels. Use guidance=classifier or"):
+        ClassifierFree()(blind, torch.tensor([0]))
+
+
+@pytest.mark.parametrize(("num_classes", "message"), [(4, "labels left out"), (None, "takes no labels")])
+def test_no_adm_network_is_guided_without_its_classifier(tmp_path, cache, num_classes, message):
+    files = []
+    for kind, arguments in (
+        ("guided_diffusion", ADM | {"num_classes": num_classes}),
+        ("guided_diffusion_classifier", CLASSIFIER),
+    ):
+        path = saved(tmp_path / f"{kind}.pt", weights(kind, arguments))
+        files.append(str(convert(path, tmp_path / f"{kind}.safetensors", Description(kind, arguments))))
+    model = guided_diffusion(*files)
+    assert model.num_classes == 4
+    with pytest.raises(ConfigError, match=message):
+        ClassifierFree()(model, torch.tensor([1]))
+
+
+def test_classifier_guidance_finds_its_gradient_in_inference_mode():
+    mixed, node, labels = model(EDM()), EDM().node(0.7), torch.tensor([2, 0])
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = Classifier()(mixed, labels)(x, node)
+    with torch.inference_mode():
+        guided = Classifier()(mixed, labels.clone())(x.clone(), node)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(guided, expected)
+
+
+def test_a_classifier_made_in_inference_mode_is_refused_in_words():
+    node = DiscreteVP.linear().node(0.4)
+    with torch.inference_mode():
+        classifier = small_classifier()
+        seen = Pretrained(lambda labels: Black(classifier.process.native), (3, 16, 16), classifier=classifier)
+        with pytest.raises(SamplingError, match="make the model outside of it"):
+            Classifier()(seen, torch.tensor([0]))(torch.randn(1, 3, 16, 16), node)
 
 
 def small_classifier(schedule="own"):

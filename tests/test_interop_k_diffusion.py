@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evodiff.config import choices
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Karras, LogSNR, TimeGrid
 from evodiff.interop import k_diffusion
 from evodiff.models.analytic import GaussianMixture
@@ -149,6 +149,34 @@ def test_noise_is_that_of_the_sampler_between_two_sigmas_or_torchs_own():
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
+def test_sigmas_are_told_in_their_own_dtype():
+    """As in k-diffusion, where only the model's has that of x: a Brownian tree refuses a sigma beyond its largest."""
+    told, sigmas = [], SIGMAS.float()
+    z = torch.zeros(3, 2, 3, 3)
+
+    def noise_sampler(*pair):
+        told.extend(pair)
+        return z
+
+    def callback(step):
+        told.extend((step["sigma"], step["sigma_hat"]))
+
+    given = {"disable": True, "noise_sampler": noise_sampler, "callback": callback}
+    k_diffusion.sample_sde_dpmpp_2(model, start().half(), sigmas, **given)
+    assert len(told) == 4 * 6 and {sigma.dtype for sigma in told} == {torch.float32}
+    assert {sigma.item() for sigma in told} == set(sigmas.tolist())
+
+
+def test_noise_of_an_interval_is_not_used_twice():
+    def of_interval(sigma, sigma_next):  # as a Brownian tree
+        generator = torch.Generator().manual_seed(int(1000 * sigma + sigma_next))
+        return torch.randn(3, 2, 3, 3, generator=generator)
+
+    k_diffusion.sample_sde_dpmpp_2(model, start(), SIGMAS, disable=True, noise_sampler=of_interval)
+    with pytest.raises(SamplingError, match="draws noise more than once in a step.*noise_sampler=None"):
+        k_diffusion.sample_pc(model, start(), SIGMAS, disable=True, noise_sampler=of_interval)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_model_and_the_caller_see_the_dtype_of_x(dtype):
     seen = set()
@@ -180,6 +208,11 @@ def test_progress_is_told_unless_disabled(capsys):
     assert capsys.readouterr().err == ""
     k_diffusion.sample_evodiff(model, start(), SIGMAS)
     assert "6/6 steps" in capsys.readouterr().err
+    seen = []
+    sigmas = torch.cat([SIGMAS, SIGMAS.new_zeros(1)])
+    k_diffusion.sample_teleport(model, start(), sigmas, callback=seen.append)
+    assert "7/7 steps" in capsys.readouterr().err
+    assert [told["i"] for told in seen] == [4, 5, 6]  # not of those that evaluate nothing
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.0, 0.0], [0.0, 0.0], [1.0, -1.0], [1.0, 2.0]])

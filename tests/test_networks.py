@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,19 @@ def test_the_command_prints_one_line_per_file_and_fails_on_a_mismatch(tmp_path, 
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "list.npz").write_bytes((tmp_path / "full.npz").read_bytes())
+    (tmp_path / "none.json").write_text('{"cls": 5}')
+    (tmp_path / "none.npz").write_bytes((tmp_path / "full.npz").read_bytes())
+    (tmp_path / "number.json").write_text('{"cls": "UNetModel", "config": {"data": 5, "image_size": []}}')
+    (tmp_path / "number.npz").write_bytes(b"")
     assert networks.main(["--golden", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["FAIL", name] for name in ("broken", "cut", "full", "list")]
+    names = ("broken", "cut", "full", "list", "none", "number")
+    assert [line.split()[:2] for line in lines] == [["FAIL", name] for name in names]
     assert networks.main(["--golden", str(networks.GOLDEN / "ddim_model_small.json")]) == 0
+    for end in ("json", "npz"):
+        shutil.copy(networks.GOLDEN / f"ddim_model_small.{end}", tmp_path / f"v1.2.{end}")
+    for name in ("v1.2", "v1.2.json", "v1.2.npz"):
+        assert networks.main(["--golden", str(tmp_path / name)]) == 0
 
 
 def test_an_empty_folder_is_no_success(tmp_path):

@@ -62,7 +62,7 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
     of_parts = rows(tables / "mnist_parts" / "table.csv")
     parts = {(r["solver"], r["nfe"], r["metric"]): float(r["value"]) for r in of_parts}
     assert f"are {cells['EVODiff', '10', 'rmse_images@10000']:.3g} from" in told
-    assert f"UniPC-3's {cells['UniPC-3', '10', 'rmse_images@10000']:.3g}." in told
+    assert f"UniPC-3's {cells['UniPC-3', '10', 'rmse_images@10000']:.3g} (`rmse_images`" in told
     for solver in ("DPM-Solver++ 3M", "UniPC-3"):
         plain, gained = (float(matched[solver, "10"][key]) for key in ("plain", "free"))
         assert f"from {plain:.1f} to {gained:.1f}" in told
@@ -70,6 +70,8 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
     of_all = [r for r in rows(tables / "mnist_solvers" / "matched.csv") if r["nfe"] == "10"]
     plain, gained = ([r["solver"] for r in sorted(of_all, key=lambda r: float(r[by]))] for by in ("plain", "free"))
     assert (plain[0], gained[0], gained[2]) == ("evodiff", "dpm_v3", "evodiff")
+    own = next(float(r["free"]) for r in of_all if r["solver"] == "evodiff")
+    assert sum(own < float(r["free"]) < own + 2 for r in of_all) == 8 and "eight others following within 2;" in told
     least = min(float(r["free"]) for r in of_all)
     assert f"all {len(of_all)} solvers" in told and f"(which has statistics of the model) at {least:.1f};" in told
     for table, nfe in (
@@ -88,6 +90,9 @@ def test_the_numbers_beside_the_figure_are_those_of_the_records():
     black_or_white = ((images == 0) | (images == 255)).double().mean()
     assert f"real digits {black_or_white:.0%} are".replace("%", " %") in told
     (converged,) = [r for r in records(tables / "mnist") if r["run"]["solver"]["name"] == "heun"]
+    at_20 = [r for r in rows(tables / "mnist_solvers" / "table.csv") if (r["nfe"], r["metric"][:3]) == ("20", "fd_")]
+    assert min(at_20, key=lambda r: float(r["value"]))["solver"] == "heun"
+    assert min(float(r["value"]) for r in at_20) < converged["metrics"]["fd_mnist@10000"]
     assert f"the converged samples {converged['metrics']['saturated@10000']:.0%},".replace("%", " %") in told
     for nfe, best in (("5", "UniPC-3"), ("6", "DPM-Solver++ 3M"), *((str(n), "EVODiff") for n in range(7, 26))):
         column = {solver: v for (solver, n, metric), v in cells.items() if (n, metric) == (nfe, "fd_mnist@10000")}

@@ -123,6 +123,18 @@ def test_an_unknown_name_gets_the_nearest():
         ("a: {kind: model, file: x, licence: MIT, urll: []}", "a: urll is no field"),
         ("a: {kind: thing, file: x, licence: MIT}", "kind=thing is none of"),
         ("a: {kind: [", "cannot be read"),
+        ("- a", "is no mapping of names to entries"),
+        ("a:", "a: None is no mapping of fields"),
+        ("a: {kind: model, file: x}", "a: licence is missing"),
+        ("a: {kind: model, licence: MIT}", "a: file is missing"),
+        ("a: {kind: model, file: x, licence: MIT, name: b}", "a: name is no field"),
+        ("a: {kind: model, file: x, licence: MIT, urls: 'https://a.b/x'}", "urls='https://a.b/x' is not a list"),
+        ("a: {kind: model, file: x, licence: MIT, needs: [1]}", "needs=.1. is not a list"),
+        ("a: {kind: model, file: x, licence: MIT, mb: many}", "mb='many' is not a number"),
+        ("a: {kind: model, file: x, licence: MIT, sha256: 12345678}", "sha256=12345678 is not text, in quotes"),
+        ("a: {kind: model, file: ../../../x, licence: MIT}", "a: ../../../x is no name that a file can have"),
+        ("a: {kind: model, file: .., licence: MIT}", "a: .. is no name that a file can have"),
+        ("b/a: {kind: model, file: x, licence: MIT}", "b/a: b/a is no name that a file can have"),
     ],
 )
 def test_a_manifest_that_is_not_well_formed(tmp_path, monkeypatch, text, said):
@@ -213,6 +225,39 @@ def test_a_table_that_is_no_yaml_is_named_with_its_line(configs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if 'table/broken.yaml", line 3' in line and "table broken" in line]
     assert [line for line in lines if "table free" in line]  # and the others are still told
+
+
+@pytest.mark.parametrize("text", ["rows:\n a: {at: []}", "- a", "rows: [a]", "rows: {a: {run: [], at: [5]}}"])
+def test_a_table_that_is_none_is_named(configs, capsys, text):
+    (needs.CONFIGS / "table" / "zz.yaml").write_text(text)
+    assert main(["fetch", "--table", "zz"]) == 1
+    said = capsys.readouterr().err
+    assert "table zz cannot be read" in said and "Mend configs/table/zz.yaml" in said and said.count("\n") == 1
+    assert main(["doctor", "--quick"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("wrong") and "table zz" in line]
+    assert [line for line in lines if "table free" in line]
+
+
+def test_the_doctor_names_a_protocol_that_is_a_list(configs, capsys):
+    (needs.CONFIGS / "protocol" / "zz.yaml").write_text("- inception")
+    assert main(["doctor", "--quick"]) == 1
+    assert "protocol/zz.yaml is no mapping of settings" in capsys.readouterr().out
+
+
+def test_the_doctor_names_a_cache_that_is_no_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("EVODIFF_CACHE", str(cache))
+        assert main(["doctor", "--quick"]) == 1
+        assert f"{tmp_path / 'file'} is no folder. Set EVODIFF_CACHE" in capsys.readouterr().out
+
+
+def test_the_doctor_notes_a_file_of_another_size_where_no_hash_tells(capsys):
+    place("imagenet256_adm", b"random")
+    assert main(["doctor"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line[7:].startswith("imagenet256_adm ")]
+    assert line.startswith("note") and "it has 0.0 MB, and the published file some 2,216 MB" in line
 
 
 def test_the_doctor_says_what_to_do_for_each_table(configs, capsys, monkeypatch):

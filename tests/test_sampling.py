@@ -27,7 +27,10 @@ def test_rounding_and_truncating_bytes():
 
 @pytest.mark.parametrize(
     ("schedule", "t", "scale"),
-    [(EDM(), 80.0, 80.0), (EDM(), 5.0, 5.0), (LinearVP(), 1.0, 1.0), (LinearVP(), 0.2, 1.0), (Flow(), 0.8, 0.8)],
+    [
+        *[(EDM(), 80.0, 80.0), (EDM(), 5.0, 5.0), (EDM(1e-3, 1e-5), 1e-3, 1e-3)],
+        *[(LinearVP(), 1.0, 1.0), (LinearVP(), 0.2, 1.0), (Flow(), 0.8, 0.8)],
+    ],
 )
 def test_the_start_is_sigma_z_but_z_where_the_variance_is_preserved(schedule, t, scale):
     noise = SeededNoise([3])

@@ -60,7 +60,8 @@ def test_discrete_vp_is_linear_in_log_alpha_between_its_times():
 
 
 def test_discrete_vp_refuses_what_does_not_fall():
-    for make in (lambda: DiscreteVP((-0.1, -0.1)), lambda: DiscreteVP.linear(num_timesteps=1)):
+    values = (-0.1, -0.1), (math.nan, math.nan), (-0.1, math.nan, -0.3)
+    for make in (*(lambda v=v: DiscreteVP(v) for v in values), lambda: DiscreteVP.linear(num_timesteps=1)):
         with pytest.raises(ConfigError, match="strictly falling"):
             make()
     for beta in (0, 1, math.nan):  # 1 is a zero terminal SNR: nothing is left of x_0

@@ -59,12 +59,12 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
 def test_records_without_images_are_told_as_such(results):
     t = small(DDIM=["solver=ddim"])
     t.make()
-    told = "  of {} only the records are here: `evodiff table smoke` samples their images again"
+    told = "  of {} only the records are here: `evodiff table smoke` samples their images again, {} million evaluations"
     assert list(lines_of(t)) == ["smoke: 2 cells (2 done), 2 of 2 runs done"]
     next(t.jobs["DDIM", 6, 0].run.folder.glob("shard-*")).unlink()
-    assert list(lines_of(t))[1:] == [told.format(1)]
+    assert list(lines_of(t))[1:] == [told.format(1, 9.6e-05)]
     shutil.rmtree(results / "runs")
-    assert list(lines_of(t))[1:] == [told.format(2)]
+    assert list(lines_of(t))[1:] == [told.format(2, 0.000176)]
 
 
 def test_what_a_table_samples_is_told_before(results):
@@ -167,6 +167,7 @@ def test_every_shown_command_is_the_run_of_its_cell(evodiff_command):
 
 def test_rows_are_listed_as_commands(evodiff_command):
     _, out, _ = evodiff_command("show", "table=demo")
+    assert evodiff_command("show", "demo")[1] == out
     words = shlex.split(out.splitlines()[1])
     assert words == ["evodiff", "show", "table=demo", "row=DPM-Solver++ 2M", "nfe=5,8,10,15"]
     assert len(evodiff_command(*words[1:])[1].splitlines()) == 4
@@ -181,7 +182,9 @@ def test_a_table_can_be_named_as_in_show(evodiff_command):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["show", "table=demos"], "usage: evodiff show"),
+        (["show"], "usage: evodiff show"),
+        (["show", "table=demos"], "demos is no table. Did you mean demo?"),
+        (["show", "demos", "row=DDIM"], "demos is no table. Did you mean demo?"),
         (["show", "table=demo", "row=DIM"], "Did you mean DDIM?"),
         (["show", "table=demo", "row=DDIM", "nfe=6"], "no cell at nfe=6; it has 5, 8, 10, 15"),
         (["show", "table=demo", "row=DDIM", "nfe=5,99"], "no cell at nfe=99; it has 5, 8, 10, 15"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from evodiff.cli import main
@@ -68,13 +69,21 @@ def test_what_is_no_golden_is_said_in_one_line(tmp_path, capsys):
     assert "no golden of solvers" in err
 
 
-@pytest.mark.parametrize("broken", ["a list of names", "a file cut short"])
+@pytest.mark.parametrize(
+    "broken", ["a list of names", "a file cut short", "an empty file", "noise too narrow", "results too few", "no run"]
+)
 def test_a_broken_golden_is_said_in_one_line(few, broken, capsys):
-    if broken == "a file cut short":
-        arrays = few.with_name("few.npz")
-        arrays.write_bytes(arrays.read_bytes()[:1000])
+    file = few.with_name("few.npz")
+    with np.load(file) as content:
+        arrays = dict(content)
+    if broken in ("a file cut short", "an empty file"):
+        file.write_bytes(file.read_bytes()[: 1000 if "cut" in broken else 0])
+    elif broken == "noise too narrow":
+        np.savez(file, **arrays | {"noise": arrays["noise"][..., :-1]})
+    elif broken == "results too few":
+        np.savez(file, **{key: value[:1] if key.startswith("out_") else value for key, value in arrays.items()})
     else:
-        few.with_name("few.json").write_text('["ddim"]')
+        few.with_name("few.json").write_text('["ddim"]' if "list" in broken else "[[]]")
     assert main(["verify", "solvers", "--golden", str(few)]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no golden of solvers" in err

@@ -64,12 +64,15 @@ def convert(
 
     What the file does not say of its network comes from `description`, else from a JSON file beside it whose name its
     own begins with, else from the entry of the registry whose weights have the same names and shapes; `overrides` are
-    `key=value` on the configuration. The network so described must have exactly these weights.
+    `key=value` on the configuration. The network so described must have exactly these weights. Raises ConfigError where
+    `source` or a file of somebody else would be overwritten.
     """
     if not source.is_file():
         raise ConfigError(f"{source} does not exist. Give a checkpoint file to convert.")
     if is_converted(source):
         raise ConfigError(f"{source} is converted already; it can be used as it is.")
+    target = out or _cached(source, description or Description(), ema, overrides)
+    _check_free(target, source)
     weights = read_weights(source, ema)
     architecture, config, schedule = describe(source, weights, description or Description(), overrides)
     fit(source, architecture, config, weights.tensors)
@@ -81,7 +84,7 @@ def convert(
         "weights": "ema" if ema else "raw",
         "source": {"file": source.name, "bytes": source.stat().st_size, "sha256": sha256(source)},
     }
-    return _write(out or _cached(source, description or Description(), ema, overrides), weights.tensors, about)
+    return _write(target, weights.tensors, about)
 
 
 def is_converted(path: Path) -> bool:
@@ -123,12 +126,23 @@ def _cached(source: Path, description: Description, ema: bool, overrides: Sequen
     return cache_folder() / "converted" / f"{source.stem}-{key}.safetensors"
 
 
+def _check_free(path: Path, source: Path) -> None:
+    """Raise ConfigError unless nothing is at `path` and beside it but what `convert` wrote."""
+    beside = path.with_suffix(".json")
+    described = beside.is_file() and f'"{FORMAT}"'.encode() in beside.read_bytes()
+    try:
+        ours = not path.exists() or _about(path) is not None
+    except CheckpointError:  # damaged: the file beside it tells whose it was
+        ours = described
+    if path.resolve() == source.resolve() or not ours or (beside.is_file() and not described):
+        foreign = beside if ours else path
+        raise ConfigError(
+            f"{foreign} is not a file of `evodiff convert` and would be overwritten; choose another --out."
+        )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> Path:
     beside = path.with_suffix(".json")
-    if beside.is_file() and f'"{FORMAT}"' not in beside.read_text():
-        raise ConfigError(
-            f"{beside} is not a file of `evodiff convert` and would be overwritten; choose another --out."
-        )
     with whole_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes files that others cannot read

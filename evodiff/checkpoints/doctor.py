@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evodiff.checkpoints import needs
-from evodiff.checkpoints.integrity import check
+from evodiff.checkpoints.integrity import check, odd_size
 from evodiff.checkpoints.registry import Entry, cache_folder, find, offline, registry
 from evodiff.errors import EvodiffError
 from evodiff.files import read_yaml, sha256
@@ -71,7 +71,9 @@ def _disk() -> Iterator[Finding]:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 1e9:.1f} GB free" + (", EVODIFF_CACHE" if os.environ.get("EVODIFF_CACHE") else "")
-    if not os.access(there, os.W_OK):
+    if not there.is_dir():
+        yield Finding("wrong", "cache", f"{there} is no folder. Set EVODIFF_CACHE to a folder.")
+    elif not os.access(there, os.W_OK):
         yield Finding("wrong", "cache", f"{text}: cannot be written. Set EVODIFF_CACHE to another folder.")
     else:
         yield Finding(
@@ -93,8 +95,11 @@ def _shipped() -> Iterator[Finding]:
         yield Finding("wrong", "mnist_tiny", text)
     for path in sorted((CONFIGS / "protocol").glob("*.yaml")):
         protocol = read_yaml(path) or {}
+        if not isinstance(protocol, dict):
+            yield Finding("wrong", path.stem, f"{path} is no mapping of settings. Mend it.")
+            continue
         classifiers = sorted((CHECKPOINTS / str(protocol.get("extractor"))).glob("*.safetensors"))
-        reference = [CHECKPOINTS / protocol["reference"]] if protocol.get("reference") else []
+        reference = [CHECKPOINTS / str(protocol["reference"])] if protocol.get("reference") else []
         stated = [(file, protocol.get("reference_sha256")) for file in reference]
         stated += [(file, protocol.get("extractor_sha256")) for file in classifiers]
         digests = [(file, str(digest)) for file, digest in stated if digest is not None]
@@ -110,9 +115,11 @@ def _files(hashes: bool) -> Iterator[Finding]:
     here = [entry for entry in registry().values() if entry.path.is_file()]
     for entry in here:
         wrong = check(entry, entry.path, hashes)
+        again = f"Delete {entry.path} and run `evodiff fetch {entry.name}`."
         if wrong:
-            again = f"Delete {entry.path} and run `evodiff fetch {entry.name}`."
             yield Finding("wrong", entry.name, f"{wrong}. {again}")
+        elif odd := odd_size(entry, entry.path.stat().st_size):
+            yield Finding("note", entry.name, f"{odd}. {again.removesuffix('.')}, unless it is meant so.")
         else:
             yield Finding("ok", entry.name, f"{entry.path.stat().st_size / 1e6:.0f} MB")
     for entry in registry().values():
@@ -136,9 +143,6 @@ def _tables() -> Iterator[Finding]:
             by_hand = needs.by_hand(name)
         except EvodiffError as e:
             yield Finding("wrong", f"table {name}", str(e))
-            continue
-        except (ValueError, AttributeError, TypeError) as e:
-            yield Finding("wrong", f"table {name}", f"cannot be read ({e}). Mend configs/table/{name}.yaml.")
             continue
         lacking = [find(entry) for entry in entries if not find(entry).path.is_file()]
         todo = _todo(lacking, [path for path in (*made, *by_hand) if not path.exists()])

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from evodiff.checkpoints.integrity import check, read_json, remember
+from evodiff.checkpoints.integrity import SIZE_TOLERANCE, check, odd_size, read_json, remember
 from evodiff.checkpoints.registry import Entry, find, offline
 from evodiff.errors import CheckpointError, ConfigError, StoreError
 from evodiff.files import whole_file
@@ -20,7 +20,7 @@ from evodiff.locks import locked
 
 CHUNK = 1 << 20
 ATTEMPTS = 3
-"""Times a mirror is asked again after a connection that broke off, as long as each time brings something new."""
+"""Times a mirror is asked again after a connection that broke off, counted anew when more is here than ever before."""
 BUSY = {408, 429, 500, 502, 503, 504}
 """Statuses of HTTP after which the same question may be answered a little later."""
 PAUSE = 2.0
@@ -98,6 +98,7 @@ def _copy(entry: Entry, source: Path, target: Path) -> None:
         if wrong:
             raise CheckpointError(f"--from {source} is not {entry.file} of {entry.name}: {wrong}. Nothing was changed.")
     remember(target, target, str(source.resolve()))
+    _discard(_part(target))
 
 
 def _download(entry: Entry, target: Path, advance: Advance) -> None:
@@ -108,7 +109,7 @@ def _download(entry: Entry, target: Path, advance: Advance) -> None:
         )
     if not entry.urls:
         raise ConfigError(f"{entry.name} has no link that a program can follow: {entry.by_hand}.")
-    part = target.with_name(f"{target.name}.part")
+    part = _part(target)
     failures = []
     for url in entry.urls:
         try:
@@ -132,8 +133,8 @@ def _address(url: str) -> str:
 def _from_mirror(entry: Entry, url: str, part: Path, advance: Advance) -> None:
     """Complete `part` from one mirror, and check it. Raises _Failure; what came so far stays, unless it is wrong."""
     attempt, continued, problem = 0, False, ""
+    most = _size(part)
     while attempt < ATTEMPTS:
-        had = part.stat().st_size if part.exists() else 0
         try:
             continued |= _transfer(entry, url, part, advance)
         except _Stale:
@@ -148,10 +149,11 @@ def _from_mirror(entry: Entry, url: str, part: Path, advance: Advance) -> None:
                 time.sleep(_pause(e, attempt))
             continue
         except (OSError, http.client.HTTPException) as e:
-            attempt = 0 if (part.stat().st_size if part.exists() else 0) > had else attempt + 1
+            attempt = 0 if _size(part) > most else attempt + 1
+            most = max(most, _size(part))
             problem = str(getattr(e, "reason", "") or e) or type(e).__name__
             continue
-        wrong = check(entry, part)
+        wrong = check(entry, part) or odd_size(entry, _size(part))
         if wrong is None:
             return
         _discard(part)
@@ -172,7 +174,7 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
 
     A part is continued if the mirror says that it has the same file still (If-Range), or if its hash is known.
     """
-    had = part.stat().st_size if part.exists() else 0
+    had = _size(part)
     known = read_json(_validator(part))
     same = known.get("url") == url and known.get("etag")
     headers = {"User-Agent": "evodiff"}
@@ -190,6 +192,8 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
                 return True  # it was complete already
             raise _Stale from e
         raise
+    except ValueError as e:
+        raise _Failure(f"this is no address that can be asked ({e})") from e
     with response:
         if "text/html" in response.headers.get("Content-Type", "") and not entry.file.endswith(".html"):
             raise _Failure("it shows a web page (sign-in, quota or virus scan) instead of the file")
@@ -199,10 +203,12 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
             had = 0  # all of it, from the start
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {had}-"):
             raise _Stale
-        length = response.headers.get("Content-Length")
-        total = had + int(length) if length else entry.bytes
+        length = response.headers.get("Content-Length", "")
+        total = had + int(length) if length.isdecimal() else entry.bytes
         if entry.bytes is not None and total is not None and total != entry.bytes:
             raise _Failure(f"it has another file, of {total:,} bytes; expected {entry.bytes:,}")
+        if total and (odd := odd_size(entry, total)):
+            raise _Failure(f"it has another file: {odd}")
         _room(part, total, had)
         etag = response.headers.get("ETag", "")
         if not etag or etag.startswith("W/"):  # a weak tag promises no equality of bytes
@@ -220,7 +226,8 @@ def _transfer(entry: Entry, url: str, part: Path, advance: Advance) -> bool:
                 advance(done, total)
         if total is not None and done < total:
             raise ConnectionError(f"the connection broke off after {done:,} of {total:,} bytes")
-        if not total and done < (entry.size or 1) / 4:  # without a length, the end may be that of the connection
+        least = (1 - SIZE_TOLERANCE) * (entry.size or 1)
+        if not total and done < least:  # without a length, the end may be that of the connection
             raise ConnectionError(f"it ended after {done:,} bytes" + f" of some {entry.mb} MB" * bool(entry.mb))
     return had > 0
 
@@ -232,6 +239,14 @@ def _room(part: Path, total: int | None, had: int) -> None:
             f"{part.parent} has {free / 1e9:.1f} GB left, and {(total - had) / 1e9:.1f} GB are to come. Make room, or "
             "set EVODIFF_CACHE to a folder on another disk."
         )
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
 
 
 def _discard(part: Path) -> None:

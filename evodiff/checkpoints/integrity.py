@@ -8,6 +8,9 @@ from typing import Any
 from evodiff.checkpoints.registry import Entry
 from evodiff.files import whole_file
 
+SIZE_TOLERANCE = 0.1
+"""By how much a file may differ from the manifest's `mb`, a rounded number."""
+
 
 def check(entry: Entry, path: Path, hashes: bool = True) -> str | None:
     """What is wrong with a file, by the manifest and by what it was when it came; None if nothing."""
@@ -25,8 +28,19 @@ def check(entry: Entry, path: Path, hashes: bool = True) -> str | None:
     return None
 
 
+def odd_size(entry: Entry, size: int) -> str | None:
+    """What tells a file of this size from the published one, where an approximate size is all that is known of it."""
+    exact = entry.bytes or entry.sha256 or entry.md5
+    if exact or not entry.mb or abs(size / 1e6 - entry.mb) <= SIZE_TOLERANCE * entry.mb:
+        return None
+    return f"it has {size / 1e6:,.1f} MB, and the published file some {entry.mb:,} MB"
+
+
 def differs_from_report(entry: Entry, path: Path) -> str | None:
-    """A remark if a hash that others reported, though not the authors, is not that of the file."""
+    """A remark if the file is of another size than published, or of another hash than others reported, though not the
+    authors."""
+    if odd := odd_size(entry, path.stat().st_size):
+        return f"{entry.name}: {odd}; it is used as it is"
     found = (_remembered(path).get("sha256") or _digest(path, "sha256")) if entry.sha256_reported else ""
     if found == entry.sha256_reported:
         return None

@@ -33,9 +33,15 @@ def _of_rows(name: str) -> set[str]:
     table = _read("table", name)
     if table is None:
         raise ConfigError(f"there is no table {name}; possible: {', '.join(tables())}.")
-    base = list(table.get("base") or [])
-    rows = [[*base, *_overrides(row)] for row in (table.get("rows") or {}).values()] or [base]
-    return {word for row in rows for word in _words(_choices(row))}
+    try:
+        base = list(table.get("base") or [])
+        rows = [[*base, *_overrides(row)] for row in (table.get("rows") or {}).values()] or [base]
+        return {word for row in rows for word in _words(_choices(row))}
+    except (LookupError, ValueError, AttributeError, TypeError) as e:
+        raise ConfigError(
+            f"table {name} cannot be read ({type(e).__name__}: {e}). Mend configs/table/{name}.yaml: its rows are "
+            "lists of overrides like [solver=ddim], or mappings with `run`."
+        ) from e
 
 
 def of(name: str) -> list[str]:

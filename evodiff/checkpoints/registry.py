@@ -13,6 +13,13 @@ from evodiff.paths import CHECKPOINTS, check_checkout
 
 MANIFEST = CHECKPOINTS / "manifest.yaml"
 KINDS = ("model", "classifier", "reference", "extractor")
+_IN_YAML: Mapping[Any, tuple[Any, str]] = {
+    str: (str, "text, in quotes where it looks like a number"),
+    int | None: (int | float, "a number"),
+    tuple[str, ...]: (list, "a list"),
+    Mapping[str, Any]: (dict, "a mapping"),
+}
+"""The type of a field -> what it is in YAML."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +81,40 @@ def _read(path: Path) -> Mapping[str, Entry]:
     if not path.exists():
         check_checkout()
     raw = read_yaml(path)
-    known = {f.name for f in fields(Entry)}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is no mapping of names to entries. Mend it.")
     entries = {}
     for name, values in raw.items():
-        if name.startswith("."):  # YAML anchors that entries share
+        if str(name).startswith("."):  # YAML anchors that entries share
             continue
-        unknown = sorted(values.keys() - known)
-        if unknown or values.get("kind") not in KINDS:
-            wrong = (
-                f"{unknown[0]} is no field" if unknown else f"kind={values.get('kind')} is none of {', '.join(KINDS)}"
-            )
-            raise ConfigError(f"{path}: {name}: {wrong}")
+        if wrong := _wrong(name, values):
+            raise ConfigError(f"{path}: {name}: {wrong}. Mend this entry.")
         lists = {key: tuple(values[key]) for key in ("urls", "needs") if key in values}
         entries[name] = Entry(name=name, **{**values, **lists})
     return entries
+
+
+def _wrong(name: Any, values: Any) -> str | None:
+    """What keeps this from being an entry; None if nothing."""
+    if not isinstance(values, dict):
+        return f"{values!r} is no mapping of fields"
+    types = {f.name: f.type for f in fields(Entry) if f.name != "name"}
+    for key, value in values.items():
+        if key not in types:
+            return f"{key} is no field"
+        expected, meaning = _IN_YAML[types[key]]
+        items = value if expected is list and isinstance(value, list) else []
+        if not isinstance(value, expected) or not all(isinstance(item, str) for item in items):
+            return f"{key}={value!r} is not {meaning}"
+    if values.get("kind") not in KINDS:
+        return f"kind={values.get('kind')} is none of {', '.join(KINDS)}"
+    for key in ("file", "licence"):
+        if not values.get(key):
+            return f"{key} is missing"
+    for part in (name, values["file"]):  # both are in the path of the file
+        if not isinstance(part, str) or Path(part).name != part or part == "..":
+            return f"{part} is no name that a file can have"
+    return None
 
 
 def find(name: str) -> Entry:

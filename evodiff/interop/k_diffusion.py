@@ -32,7 +32,7 @@ Model = Callable[..., Tensor]
 """model(x, sigma, **extra_args) -> the denoised x_0, for x = x_0 + sigma z and sigma [B]."""
 Callback = Callable[[dict[str, Any]], None]
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
-"""noise_sampler(sigma, sigma_next) -> standard normal noise of the shape of x."""
+"""noise_sampler(sigma, sigma_next) -> standard normal noise of the shape of x, given two of `sigmas` in its dtype."""
 
 
 @torch.no_grad()
@@ -49,9 +49,11 @@ def sample(
     """From x [B, C, ...] at sigmas[0] to sigmas[-1], one step between each two of `sigmas` [n + 1], which fall.
 
     Where the last sigma is 0, the last step is one evaluation, the denoised image itself. `callback` is called once in
-    each step, with x, i, sigma, sigma_hat (that of the network: above sigma with churn) and denoised. `disable` leaves
-    the progress bar out. Computed in float32 at least, returned in the dtype of x. An adaptive solver goes from the
-    first sigma to the last above 0 in steps of its own. Raises ConfigError for sigmas that do not fall.
+    each step that evaluates the model (teleport's first ones do not), with x, i, sigma, sigma_hat (that of the network:
+    above sigma with churn) and denoised. `disable` leaves the progress bar out. Computed in float32 at least, returned
+    in the dtype of x. An adaptive solver goes from the first sigma to the last above 0 in steps of its own. Raises
+    ConfigError for sigmas that do not fall, and SamplingError for a `noise_sampler` that has one noise for each pair of
+    sigmas (a Brownian tree) where the solver draws several times in a step.
     """
     times = [float(sigma) for sigma in sigmas]
     if len(times) < 2 or min(times[:-1], default=0) <= 0 or times[-1] < 0:
@@ -63,16 +65,18 @@ def sample(
     schedule = EDM(times[0], times[-1])
     y = images(x.to(torch.promote_types(x.dtype, torch.float32)))
     steps = len(times) - 1
-    with nullcontext() if disable else progress(type(solver).__name__, steps + to_zero, "steps") as advance:
-        denoise = _Model(model, x, schedule, extra_args or {}, callback, advance)
+    silent = nullcontext(lambda n: None)
+    with silent if disable else progress(type(solver).__name__, steps + to_zero, "steps") as advance:
+        denoise = _Model(model, x, torch.as_tensor(sigmas), schedule, extra_args or {}, callback)
         if steps:
             grid = TimeGrid.at(times, schedule)
             solver.check(grid, y.shape[1:])
             noise: Any = _SampledNoise(noise_sampler, denoise)
-            y = integrate(_Watched(solver, denoise), denoise, y, grid, noise)
+            y = integrate(_Watched(solver, denoise, advance), denoise, y, grid, noise)
         if to_zero:
             denoise.start(steps, times[-1], 0.0)
             y = denoise(y, schedule.node(times[-1]))
+            advance(1)
     return y.reshape(x.shape).to(x.dtype)
 
 
@@ -121,20 +125,21 @@ class _Model:
         self,
         model: Model,
         like: Tensor,
+        sigmas: Tensor,
         schedule: NoiseSchedule,
         extra_args: Mapping[str, Any],
         callback: Callback | None,
-        advance: Callable[[int], None] | None,
     ):
-        self.model, self.like, self.extra_args = model, like, extra_args
+        self.model, self.like, self.sigmas, self.extra_args = model, like, sigmas, extra_args
         self.schedule: NoiseSchedule = schedule
-        self.callback, self.advance = callback, advance
+        self.callback = callback
         self.step, self.announced = 0, True
-        self.sigma = self.sigma_next = like.new_tensor(schedule.t_start)
+        self.sigma = self.sigma_next = sigmas[0]
 
     def start(self, step: int, sigma: float, sigma_next: float) -> None:
         self.step, self.announced = step, False
-        self.sigma, self.sigma_next = (self.like.new_tensor(value) for value in (sigma, sigma_next))
+        # in the dtype of `sigmas`, as k-diffusion has them: half precision would round them off a Brownian tree's own
+        self.sigma, self.sigma_next = (self.sigmas.new_tensor(value) for value in (sigma, sigma_next))
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         state = x.reshape(self.like.shape).to(self.like.dtype)
@@ -144,19 +149,18 @@ class _Model:
         if not self.announced:
             self.announced = True
             if self.callback is not None:
-                sigma = {"sigma": self.sigma, "sigma_hat": self.like.new_tensor(node.sigma)}
+                sigma = {"sigma": self.sigma, "sigma_hat": self.sigmas.new_tensor(node.sigma)}
                 self.callback({"x": state, "i": self.step, **sigma, "denoised": denoised})
-            if self.advance is not None:
-                self.advance(1)
         return denoised.reshape(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class _Watched(Solver):
-    """`base`, telling the denoiser where each step begins."""
+    """`base`, telling the denoiser where each step begins, and `advance` that one is done."""
 
     base: Solver
     denoiser: _Model
+    advance: Callable[[int], None]
 
     @property
     def stochastic(self) -> bool:
@@ -171,7 +175,9 @@ class _Watched(Solver):
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         self.denoiser.start(step.i, step.s.sigma, step.t.sigma)
-        return self.base.step(denoise, x, step, state)
+        result = self.base.step(denoise, x, step, state)
+        self.advance(1)
+        return result
 
 
 class _SampledNoise:
@@ -179,9 +185,16 @@ class _SampledNoise:
 
     def __init__(self, noise_sampler: NoiseSampler | None, denoiser: _Model):
         self.noise_sampler, self.denoiser = noise_sampler, denoiser
+        self.step, self.drawn = -1, torch.empty(0)
 
     def normal(self, like: Tensor) -> Tensor:
         if self.noise_sampler is None:
             return torch.randn_like(like)
         drawn = self.noise_sampler(self.denoiser.sigma, self.denoiser.sigma_next)
+        if self.step == self.denoiser.step and torch.equal(drawn, self.drawn):
+            raise SamplingError(
+                "this solver draws noise more than once in a step, and noise_sampler gave the same for the same two "
+                "sigmas again: leave it out (noise_sampler=None), or give one that draws afresh each time."
+            )
+        self.step, self.drawn = self.denoiser.step, drawn.clone()  # which a sampler may overwrite
         return drawn.reshape(like.shape).to(like.device, like.dtype)

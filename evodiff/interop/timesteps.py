@@ -49,14 +49,18 @@ def choose_nodes(
     nodes = tuple(process.schedule.node(t) for t in times)
     if len(nodes) > 1:
         TimeGrid(nodes, process.schedule)  # refuses times that do not fall
-    return Nodes(nodes, to_zero)
+    chosen = Nodes(nodes, to_zero)
+    if not chosen.evaluated:  # the result would be the noise
+        raise ConfigError("set_timesteps leaves no evaluation: give one timestep at least, or two sigmas that fall.")
+    return chosen
 
 
 def times_of_number(
     config: Mapping[str, Any], process: Process, n: int, to_zero: bool, shift: float = 1.0
 ) -> list[float]:
-    if n < 1:
-        raise ConfigError(f"num_inference_steps={n} is impossible; possible: at least 1.")
+    if n < 1 or n % 1:
+        raise ConfigError(f"num_inference_steps={n} is impossible; possible: whole numbers of at least 1.")
+    n = int(n)
     spacing = spacing_of(config, isinstance(process, Straight), shift)
     if spacing is None:
         if isinstance(process, VP) and config["timestep_spacing"] != "linspace":

@@ -65,6 +65,7 @@ def guided_diffusion(
         device=torch.device(device),
         classifier=log_p,
         networks=tuple(networks),
+        takes_labels=net.config.num_classes is not None,
     )
 
 

@@ -24,7 +24,8 @@ class Pretrained:
     `denoiser(labels)` is D(x, node) for one batch: `labels` int64 [B], or None for an unconditional model or the
     unconditional branch of guidance. `shape` is [C, H, W] of one sample, in [-1, 1] unless `decode` turns samples into
     images [B, 3, H', W'] in [-1, 1] (latent models). `files` maps each weight file to its sha256, for the records.
-    `unconditional` tells whether denoiser(None) was trained, as classifier-free guidance needs it.
+    `unconditional` tells whether denoiser(None) was trained, as classifier-free guidance needs it, and `takes_labels`
+    whether labels change the answer: the classes may be those of a classifier beside an unconditional network.
     `classifier` is what classifier guidance follows; `networks` are the modules that compute, for evodiff.precision.
     """
 
@@ -37,6 +38,7 @@ class Pretrained:
     device: torch.device = torch.device("cpu")
     classifier: Classifier | None = None
     networks: tuple[nn.Module, ...] = ()
+    takes_labels: bool = True
 
     @property
     def schedule(self) -> NoiseSchedule:

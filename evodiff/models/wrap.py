@@ -148,7 +148,7 @@ def sizes(shape: Sequence[int]) -> tuple[int, int, int]:
 
 def _whole(number: Any) -> bool:
     """Whether it is a whole number from 0 on, also one of numpy's."""
-    return isinstance(number, Integral) and not isinstance(number, bool) and number >= 0
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0
 
 
 def _ends(data_range: Sequence[float]) -> tuple[float, float]:

@@ -59,8 +59,12 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
         states["missing"] = len(table.cells)
     counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
     yield f"{table.config}: {len(table.cells)} cells ({counts}), {done} of {len(table.jobs)} runs done"
-    if imageless := sum(not has_images(table.jobs[place]) for place in table.records):
-        yield f"  of {imageless} only the records are here: `evodiff table {table.config}` samples their images again"
+    if imageless := [table.jobs[place].run for place in table.records if not has_images(table.jobs[place])]:
+        again = sum(len(run.seed_range) * (run.nfe or 0) for run in imageless) / 1e6
+        yield (
+            f"  of {len(imageless)} only the records are here: `evodiff table {table.config}` samples their images "
+            f"again, {again:,.3g} million evaluations"
+        )
     lacking = list(missing_files(table))
     if done < len(table.jobs):
         if details or len(lacking) < 2:
@@ -155,11 +159,15 @@ def names() -> str:
 
 
 def show_main(argv: list[str]) -> int:
-    """`evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]`: the commands of cells, or the rows there are."""
+    """`evodiff show NAME [row=ROW] [nfe=N,...] [key=value ...]`: the commands of cells, or the rows there are."""
     given = dict(arg.partition("=")[::2] for arg in argv)
     name, row, nfe = given.pop("table", ""), given.pop("row", None), given.pop("nfe", None)
+    if argv and "=" not in argv[0]:  # as the other commands take it
+        given.pop(name := argv[0])
+    if not name:
+        raise ConfigError(f"usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]. Tables: {names()}.")
     if name not in choices("table"):
-        raise ConfigError(f"usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [limit=N]. Tables: {names()}.")
+        raise ConfigError(f"{name} is no table.{nearest(name, choices('table'))} Possible: {names()}.")
     table = Table.of_file(name, [f"{k}={v}" for k, v in given.items()])
     if row is None:
         for r in table.rows.values():

@@ -60,9 +60,14 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
         if any(v.scatter is not None for v in table.verdicts(metric).values()):
-            notes.append("± the standard deviation of one run, between sets of seeds or from its own images")
+            notes.append(
+                "± the standard deviation of one run, between its sets of seeds or, of one set, from its images"
+            )
         if any(v.paper for v in table.verdicts(metric).values()):
-            notes.append("in brackets the paper's; * beyond the tolerance, – not run")
+            papers = [v.paper for v in table.verdicts(metric).values() if v.paper]
+            notes_on = sum(paper.confidence == "secondary-note" for paper in papers)
+            unchecked = f" ({notes_on} of {len(papers)} from notes on it, not checked)" if notes_on else ""
+            notes.append(f"in brackets the paper's{unchecked}; * beyond the tolerance, – not run")
         if any(v.state == "proxy" for v in table.verdicts(metric).values()):
             notes.append("† on fewer images than the whole table's")
         parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))

@@ -9,7 +9,6 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from evodiff.errors import ConfigError, EvodiffError
 from evodiff.paths import ROOT
 from evodiff.verify.network_outputs import Arrays, guidance_outputs, outputs_of
-from evodiff.verify.recorded import inputs_of, network_of, state_sha256
+from evodiff.verify.recorded import MALFORMED, golden_files, inputs_of, network_of, state_sha256
 
 GOLDEN = ROOT / "tests" / "golden" / "networks"
 TOLERANCE = 2e-5
@@ -56,7 +55,7 @@ def verify(path: Path) -> Result:
             net = network_of(description)
             outputs = outputs_of(net, inputs_of(arrays, description), description)
             same_state = state_sha256(net) == description.get("state_sha256")
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
+    except MALFORMED as e:
         raise ConfigError(f"no golden of a network ({type(e).__name__}: {e}); expected NAME.json and NAME.npz") from e
     errors: dict[str, float] = {}
     for name, compute in {"x": lambda: arrays["x"], **outputs}.items():
@@ -65,7 +64,7 @@ def verify(path: Path) -> Result:
             try:
                 with torch.no_grad():
                     errors[name] = _compare(name, compute(), arrays)
-            except (KeyError, IndexError, RuntimeError) as e:
+            except MALFORMED as e:
                 raise ConfigError(
                     f"{name} cannot be computed from the recorded inputs ({type(e).__name__}: {e})"
                 ) from e
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="evodiff verify networks", description=__doc__)
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of NAME.json and NAME.npz, or one of them")
     golden: Path = parser.parse_args(argv).golden
-    paths = sorted(golden.glob("*.json")) if golden.is_dir() else [golden.with_suffix(".json")]
+    paths = sorted(golden.glob("*.json")) if golden.is_dir() else [golden_files(golden)[0]]
     if not paths:
         raise ConfigError(f"{golden} holds no goldens of networks. Expected NAME.json and NAME.npz beside it.")
     failed = False

@@ -4,7 +4,9 @@ import hashlib
 import re
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -12,6 +14,18 @@ from torch import Tensor, nn
 
 from evodiff.errors import ConfigError
 from evodiff.models.networks import build
+
+MALFORMED = (
+    *(OSError, EOFError, BadZipFile, zlib.error),
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+)
+"""What reading a golden raises, and computing with it, if it is none: arrays of other shapes, words for numbers."""
+
+
+def golden_files(path: Path) -> tuple[Path, Path]:
+    """NAME.json and NAME.npz, of either one of them or of NAME, which may have dots itself."""
+    name = path.stem if path.suffix in (".npz", ".json") else path.name
+    return path.with_name(f"{name}.json"), path.with_name(f"{name}.npz")
 
 
 def architecture_of(cls: str) -> str:
@@ -23,7 +37,7 @@ def architecture_of(cls: str) -> str:
         "UNetModel": "guided_diffusion",
         "EncoderUNetModel": "guided_diffusion_classifier",
     }
-    name = cls.rsplit(".", 1)[-1]
+    name = str(cls).rsplit(".", 1)[-1]
     if name.endswith("Precond"):
         return "edm"
     if name not in architectures:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from evodiff.solvers.heun import Heun
 from evodiff.solvers.ipndm import IPNDM
 from evodiff.solvers.singlestep import DPMSolverPPSinglestep, DPMSolverSinglestep
 from evodiff.solvers.unipc import UniPC
+from evodiff.verify.recorded import MALFORMED, golden_files
 
 GOLDEN = ROOT / "tests" / "golden" / "solvers"
 TOLERANCE = 1e-9
@@ -87,10 +87,10 @@ def verify(golden: Path) -> tuple[dict[str, Result], dict[str, int]]:
 
     `golden` is the path without extension, or the .npz or .json. Raises ConfigError for a file that is no golden.
     """
-    stem = golden.with_suffix("") if golden.suffix in (".npz", ".json") else golden
     try:
-        runs = json.loads(stem.with_name(stem.name + ".json").read_text())
-        with np.load(stem.with_name(stem.name + ".npz")) as file:
+        described, recorded = golden_files(golden)
+        runs = json.loads(described.read_text())
+        with np.load(recorded) as file:
             arrays = dict(file)
         results: dict[str, Result] = {}
         missing: dict[str, int] = {}
@@ -104,7 +104,7 @@ def verify(golden: Path) -> tuple[dict[str, Result], dict[str, int]]:
             result.cases += 1
             result.worst = max(result.worst, error)
             result.nfe_mismatches += nfe != run["nfe"]
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
+    except MALFORMED as e:
         raise ConfigError(
             f"{golden} is no golden of solvers: {type(e).__name__}: {e}. Expected PATH.json and PATH.npz beside it."
         ) from e
@@ -122,6 +122,8 @@ def repeat(run: dict[str, Any], arrays: Arrays) -> tuple[float, int]:
     solver = SOLVERS[run["solver"]](run["options"], arrays)
     out = integrate(solver, denoise, x, TimeGrid(nodes, schedule), None, run["options"]["denoise_final"])
     expected = _tensor(arrays, f"out_{run['id']}")
+    if expected.shape != out.shape:  # which could still be subtracted
+        raise ValueError(f"out_{run['id']} is {tuple(expected.shape)}, and noise {tuple(out.shape)}")
     error = ((out - expected).norm() / expected.norm()).item()
     return (error if error == error else float("inf")), denoise.nfe
 
