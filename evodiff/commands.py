@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -143,9 +144,10 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
             )
     if not flags:
         refuse_hydra(overrides)
+    if any(flag in HELP for flag in flags):
+        print(usage(name))
+        return 0
     if any(arg in SWEEP for arg in argv):
-        if any(flag in HELP for flag in flags):
-            return over_runs(name, action, ["--help"])
         if flags:
             raise ConfigError(f"{flags[0]} does nothing with -m, which takes key=value only. Leave one of them out.")
         if processes() > 1:
@@ -169,6 +171,20 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
     return 0
 
 
+def usage(name: str) -> str:
+    """What `--help` tells of a command on runs: the groups, and configs/run.yaml with its comments."""
+    groups = {key: ", ".join(choices(key)) for key in sorted(keys("run")) if (CONFIGS / key).is_dir()}
+    listed = "\n".join(textwrap.fill(f"{key}: {found}", 120, subsequent_indent="  ") for key, found in groups.items())
+    own = (CONFIGS / "run.yaml").read_text().partition("\n\n")[2].partition("\nhydra:")[0].rstrip()
+    return (
+        f"usage: evodiff {name} [-m] [key=value ...]\n\n"
+        f"like evodiff {name} solver=unipc_3 nfe=10 seeds=0-63, or with -m for every combination: solver=ddim,evodiff "
+        f"nfe=5,10\n\nGroups, each a folder of configs/ (group=choice):\n\n{listed}\n\nKeys and their defaults "
+        f"(key=value):\n\n{own}\n\nFields of a group are keys, too, like solver.order=2; `evodiff {name} "
+        f"solver=unipc_3 --cfg job` shows all that a run has."
+    )
+
+
 def is_override(text: str) -> bool:
     return not text.startswith("-") and ("=" in text or text.startswith("~"))
 
@@ -188,12 +204,11 @@ def refuse_hydra(overrides: list[str]) -> None:
 
 
 def with_flags(task: Callable[[DictConfig], None], program: str, argv: list[str]) -> None:
-    """Hydra's own flags, like --help, --cfg and --info: it reads sys.argv, and does the task unless it shows
+    """Hydra's own flags, like --cfg and --info: it reads sys.argv, and does the task unless it shows
     something."""
     overrides = [text for text in argv if is_override(text)]
     flags = [text for text in argv if not is_override(text)]  # after them, for some take what follows for their value
-    own = ["hydra.run.dir=.", "hydra.help.app_name=evodiff"]
-    saved, sys.argv = sys.argv, [program, *overrides, *own, *flags]
+    saved, sys.argv = sys.argv, [program, *overrides, "hydra.run.dir=.", *flags]
     publish_solvers()
     raised = []
 

@@ -226,6 +226,8 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             is_list = isinstance(default.get(key), ListConfig)
             or_list = f", or for a list {listed}" if is_list else ""
             return f"{text} are several values: add -m to sweep over them{or_list}."
+        if (CONFIGS / key).is_dir() and key not in known:
+            return f"{key} is no key of a run: `evodiff {key} {text.partition('=')[2]}` takes its name."
         if override.is_add() or (CONFIGS / key).is_dir() or key == "hydra/launcher":
             continue
         if key.startswith("hydra.launcher."):

@@ -22,8 +22,9 @@ class Numbers:
 
     def __init__(self, name: str):
         self.table = table_of(name)
-        self.matched = read_matched(self.table.folder / "matched.csv")
-        self.paired = read_paired(self.table.folder / "paired.csv")
+        protocol = next(iter(self.table.jobs.values())).protocol
+        self.matched = read_matched(self.table.folder / "matched.csv", protocol)
+        self.paired = read_paired(self.table.folder / "paired.csv", protocol)
         self.verdicts = {short: self.table.verdicts(f"{long}@{self.table.images}") for short, long in METRICS.items()}
 
     @property

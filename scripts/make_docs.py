@@ -39,10 +39,13 @@ SHOWN = (5, 8, 10, 12, 15, 16, 20, 25)
 RESULTS_TOP = """\
 # Results
 
-This page is made from the records in `results/tables/` by `make docs`: each number is that of a `score.json`, which
-names the run, its seeds, the protocol, the sha256 of every file used, the device and the versions. The interactive page
-of a table is its `report.html`. How to read the columns is told in [the tutorial](tutorial.md#read-a-table), and what a
-protocol is in [Protocols](protocols.md).
+This page is made from the records in `results/tables/` by `make docs`: each score is that of a record in
+`results/tables/NAME/records/`, which names the run, its seeds, the protocol, the sha256 of every file used, the device
+and the versions. Distances with a gain stand in `matched.csv`, differences on the same seeds in `paired.csv` of a
+table; both were taken from images that are not in the repository, and the commands beside them make both again. All
+solvers run without a last call of the network (`denoise_final=false`). The interactive page of a table is its
+`report.html`. How to read the columns is told in [the tutorial](tutorial.md#read-a-table), and what a protocol is in
+[Protocols](protocols.md).
 """
 
 
@@ -86,20 +89,25 @@ MATCHED = """\
 
 A solver that adds contrast can win by that alone. Here the images of each cell are first multiplied by one gain, about
 mid-grey: the one of 0.9 to 1.3 that lowers the distance most on other seeds. Each cell has the distance of {images}
-images with that gain, the gain in brackets; where that is the least or the largest tried, the same for the best gain of
-any size; and last the distance without a gain. Made by `python scripts/contrast_matched.py {table}`.
+images with that gain, the gain in brackets; where that is the least or the largest tried, and one beyond is better on
+those seeds, the same for the best gain of any size; and last the distance without a gain. Made by `python
+scripts/contrast_matched.py {table} {budgets}`, which takes the runs whose images are there.
 """
 
 
 def matched(table: Table, shown: set[int]) -> list[str]:
     """The part of a table on matched contrast, if its matched.csv is there."""
-    found = read_matched(table.folder / "matched.csv")
+    found = read_matched(table.folder / "matched.csv", next(iter(table.jobs.values())).protocol)
     cells = {(row, nfe): found[key] for (row, nfe, _), key in table.keys.items() if key in found}
     if not cells:
         return []
     columns = sorted(shown & {nfe for _, nfe in cells})
     images = next(iter(cells.values())).images
-    lines = [MATCHED.format(table=table.config, images=images), "| | " + " | ".join(f"NFE {n}" for n in columns) + " |"]
+    budgets = " ".join(map(str, sorted({nfe for _, nfe in cells})))
+    lines = [
+        MATCHED.format(table=table.config, images=images, budgets=budgets),
+        "| | " + " | ".join(f"NFE {n}" for n in columns) + " |",
+    ]
     lines.append("|---" + "|---:" * len(columns) + "|")
     for row in table.rows:
         here = [cells.get((row, n)) for n in columns]
@@ -181,7 +189,7 @@ class Unchanging:
 
 def last_step(budgets: Iterable[int] = (5, 8, 10, 12, 15, 16, 17, 20, 25, 50)) -> str:
     """What EVODiff makes of an answer that no longer changes."""
-    lines = ["| NFE | kappa_t / kappa_s of the last step | released | euler |", "|---:|---:|---:|---:|"]
+    lines = ["| steps | kappa_t / kappa_s of the last step | released | euler |", "|---:|---:|---:|---:|"]
     for nfe in budgets:
         gains = []
         for final in ("released", "euler"):

@@ -167,6 +167,7 @@ def test_a_solver_file_that_is_none_is_answered_in_a_sentence(own_solver, conten
         ("++nef=5", "nef is no key of the configuration. Did you mean nfe?"),
         ("+nef.a=5", "nef is no key of the configuration."),
         ("=3", "'=3' is no override. Expected key=value"),
+        ("table=demo", "table is no key of a run: `evodiff table demo` takes its name."),
         ("hydra=5", "'hydra=5' is no override. Expected key=value"),
         ("nfe=${oc.env:NOPE}", "'NOPE' not found\". Give its value in place of the ${...}."),
         ("nfe=${nfe}", "Give its value in place of the ${...}."),

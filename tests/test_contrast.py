@@ -1,5 +1,6 @@
 """The gain that matches contrast is found, and not on the seeds it is reported on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import contrast_matched as script
@@ -79,12 +80,13 @@ def test_without_states_it_says_what_to_do(tmp_path):
 
 def test_matched_cells_come_back_by_the_key_of_their_run(tmp_path):
     path, cell = tmp_path / "matched.csv", Matched(200, 48.51234567890123, 1.3, 14.9, 1.365, 14.7)
-    assert read_matched(path) == {}
-    write_matched(path, {("UniPC-3", 10, "abc"): cell})
-    assert read_matched(path) == {"abc": cell}
+    assert read_matched(path, MNIST) == {}
+    write_matched(path, {("UniPC-3", 10, "abc"): cell}, MNIST)
+    assert read_matched(path, MNIST) == {"abc": cell}
+    assert read_matched(path, replace(MNIST, n=10)) == read_matched(path, None) == {}
     assert path.read_text().splitlines() == [
-        "solver,nfe,images,plain,gain,matched,free_gain,free,run",
-        "UniPC-3,10,200,48.51234567890123,1.3,14.9,1.365,14.7,abc",
+        "solver,nfe,images,plain,gain,matched,free_gain,free,run,protocol",
+        "UniPC-3,10,200,48.51234567890123,1.3,14.9,1.365,14.7,abc,fba137ad",
     ]
 
 
@@ -94,19 +96,44 @@ def test_cells_that_another_process_adds_stay(results, monkeypatch):
     cell = Matched(500, 3.0, 1.1, 2.0, 1.1, 2.0)
 
     def meanwhile(*_):
-        write_matched(path, {("EVODiff", 5, theirs): cell})
+        write_matched(path, {("EVODiff", 5, theirs): cell}, MNIST)
         return cell
 
-    monkeypatch.setattr(script, "store_of", lambda job: SimpleNamespace(missing=list))
+    monkeypatch.setattr(script, "store_of", lambda job: SimpleNamespace(missing=list, shards=[]))
     monkeypatch.setattr(script, "contrast_matched", meanwhile)
     table.jobs["DDIM", 5, 0].run.folder.mkdir(parents=True)
     script.main(["demo", "5"])
-    assert read_matched(path) == {ours: cell, theirs: cell}
+    assert read_matched(path, MNIST) == {ours: cell, theirs: cell}
+
+
+def test_runs_without_states_are_left_out_and_the_others_scored(results, monkeypatch, capsys):
+    """Cells of another protocol are not among those that stay."""
+    table, path = Table.of_file("demo"), results / "tables/demo/matched.csv"
+    cell = Matched(500, 3.0, 1.1, 2.0, 1.1, 2.0)
+    with_states, without = (table.keys[row, 5, 0] for row in ("EVODiff", "DDIM"))
+    write_matched(path, {("EVODiff", 5, with_states): replace(cell, plain=9.0)}, replace(MNIST, n=10))
+
+    def store_of(job):
+        holds = ("images",) if job.run.key() == without else ("images", "x")
+        return SimpleNamespace(missing=list, shards=[SimpleNamespace(holds=holds)])
+
+    monkeypatch.setattr(script, "store_of", store_of)
+    monkeypatch.setattr(script, "contrast_matched", lambda *_: cell)
+    for row in ("DDIM", "EVODiff"):
+        table.jobs[row, 5, 0].run.folder.mkdir(parents=True)
+    script.main(["demo", "5"])
+    assert read_matched(path, MNIST) == {with_states: cell}
+    assert "4 runs are left out" in capsys.readouterr().out
 
 
 def test_the_script_says_what_it_left_out(results, capsys):
     script.main(["demo", "5", "10"])
-    assert "10 runs are left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "10 runs are left out" in told and "no cell of this protocol is in" in told
     assert not (results / "tables").exists()
     with pytest.raises(ConfigError, match="Did you mean demo"):
         script.main(["demos"])
+    with pytest.raises(ConfigError, match="table demo has no NFE 7. Possible: 5, "):
+        script.main(["demo", "7"])
+    with pytest.raises(ConfigError, match="table smoke has protocol=none, so its images have no distance"):
+        script.main(["smoke"])

@@ -70,6 +70,18 @@ def test_saved_and_loaded(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["shard.npz"]
 
 
+def test_the_size_of_the_images_is_kept_and_must_agree(tmp_path):
+    small, large, unknown = (Moments.of(features(10, 4)) for _ in range(3))
+    small.image_size, large.image_size = [32, 32], [64, 48]
+    small.save(tmp_path / "small.npz")
+    assert Moments.load(tmp_path / "small.npz").image_size == [32, 32]
+    assert (unknown + small).image_size == (small + unknown).image_size == [32, 32]
+    with pytest.raises(MetricError, match="moments of 32x32 and of 64x48 images cannot be added"):
+        small + large
+    np.savez(tmp_path / "old.npz", n=2, total=np.zeros(4), outer=np.eye(4), made_by="before sizes were kept")
+    assert Moments.load(tmp_path / "old.npz").image_size is None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_features_that_are_not_finite_are_refused_by_number(value):
     moments = Moments.of(features(5, 3))

@@ -3,8 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from evodiff.errors import ConfigError
+from evodiff.metrics.datasets import SIDES
 from evodiff.metrics.protocol import Protocol, from_dict, protocol
 from evodiff.paths import CONFIGS, ROOT
 from evodiff.sampling import to_uint8
@@ -43,13 +45,13 @@ CHANGES = {
     "name": "other",
     "metric": "fd_other",
     "extractor": "inception",
-    "extractor_sha256": "00",
+    "extractor_sha256": "00" * 4,
     "resize": "clean",
     "scaling": "128",
     "rounding": "truncate",
     "dataset": "other",
     "reference": "other.npz",
-    "reference_sha256": "00",
+    "reference_sha256": "00" * 4,
     "n": 10,
     "labels": "seeded_random",
     "is_part": 100,
@@ -93,6 +95,11 @@ def test_the_data_set_chooses_the_reference():
     assert protocol("edm", dataset="mine", reference="mine.npz").reference == "mine.npz"
 
 
+def test_the_size_of_every_published_reference_is_known():
+    files = [yaml.safe_load((CONFIGS / "protocol" / f"{name}.yaml").read_text()) for name in NAMES]
+    assert {dataset for file in files for dataset in file["references"]} == {"mnist", *SIDES}
+
+
 def test_rounding_rules_differ_as_the_code_bases_do():
     """EDM rounds 127.5 x + 127.5; score_sde, guided-diffusion and EVODiff's scripts drop the fraction."""
     x = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.001, 0.5, 0.9999, 1.0, 2.0], dtype=torch.float64)
@@ -119,3 +126,21 @@ def test_impossible_protocols_are_refused():
         from_dict({"name": "half"})
     with pytest.raises(ConfigError, match="2 images"):
         protocol("mnist", n=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n": 5e3}, "n=5000.0 is not possible; expected a whole number"),
+        ({"name": [1, 2]}, r"protocol.name=\[1, 2\] is impossible: expected text"),
+        ({"resize": [1]}, "protocol.resize=.* expected text"),
+        ({"dataset": 7, "reference": "own.npz"}, "protocol.dataset=7 is impossible: expected text"),
+        ({"extractor_sha256": "2"}, "extractor_sha256=2 is impossible: expected 8 to 64 hex digits"),
+        ({"reference_sha256": "g" * 64}, "expected 8 to 64 hex digits"),
+        ({"metric": "fid"}, "FID is of the features of inception, not of mnist_classifier"),
+        ({"dataset": "cifar10"}, "fd_mnist.npz is of mnist; set protocol.reference as well"),
+    ],
+)
+def test_fields_that_would_say_what_is_not_so_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        protocol("mnist", **changes)

@@ -1,6 +1,7 @@
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ from PIL import Image
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
-from evodiff.metrics import datasets
+from evodiff.metrics import cli, datasets
 from evodiff.metrics import score as scoring
 from evodiff.metrics.build import build_reference, noise_floor
 from evodiff.metrics.cli import score_path_main, stats_main
 from evodiff.metrics.features import extractor
-from evodiff.metrics.frechet import frechet_distance
+from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import protocol
 from evodiff.metrics.reference import Reference
@@ -114,6 +115,46 @@ def test_diff_of_other_images_exits_with_1(tmp_path, capsys):
         stats_main(["diff", str(tmp_path / "a.npz"), str(tmp_path / "c.npz")])
 
 
+@pytest.mark.parametrize("array", ["sigma_s", "mu_s", "features"])
+def test_diff_sees_spatial_moments_and_features(tmp_path, capsys, array):
+    """Of which sfid, kid and pr are taken, while mean and covariance are equal."""
+    x = features()
+    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    if array == "features":
+        for path, order in ((a, range(40)), (b, range(39, -1, -1))):
+            Reference(Gaussian.of(Moments.of(x)), {}, None, x[list(order)]).save(path)
+    else:
+        as_adm(a, x)
+        with np.load(a) as file:
+            np.savez(b, **{**file, array: 2 * file[array]})
+    assert stats_main(["diff", str(a), str(a)]) == 0
+    assert stats_main(["diff", str(a), str(b)]) == 1
+    as_edm(tmp_path / "without.npz", x)
+    assert stats_main(["diff", str(a), str(tmp_path / "without.npz")]) == 0
+    assert f"only in {a}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [-3, 0, 1, 5])
+def test_statistics_are_not_of_fewer_images_than_their_rank_says(count, tmp_path):
+    """40 images of 6 features: any 7 could be, 6 could not. As few as that would cut eigenvalues off."""
+    as_float32(tmp_path / "r.npz", features())
+    convert = ["convert", str(tmp_path / "r.npz"), str(tmp_path / "out.npz"), "--count"]
+    with pytest.raises(ConfigError, match=f"--count {count} is impossible: .* at least 7 images"):
+        stats_main([*convert, str(count)])
+    assert not (tmp_path / "out.npz").exists()
+    assert stats_main([*convert, "7"]) == 0
+
+
+def test_the_rounding_of_float32_is_no_negative_eigenvalue(tmp_path):
+    """Few images that differ most in one direction: the largest eigenvalue is far above each variance. And equal ones
+    have no covariance at all."""
+    x = 0.01 * features(64, 256) + 0.4 + features(64, 1, seed=1)
+    cov = np.cov(x.numpy(), rowvar=False, dtype=np.float32)
+    for name, sigma in (("few", cov), ("equal", np.zeros((256, 256)))):
+        np.savez(tmp_path / f"{name}.npz", mu=x.mean(0).numpy(), sigma=sigma)
+        assert Reference.load(tmp_path / f"{name}.npz").dim == 256
+
+
 def bad_files():
     good = np.cov(features().double().numpy(), rowvar=False)
     mu = np.zeros(6)
@@ -189,6 +230,48 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
         scoring.score([x[:10]], protocol("mnist", reference=str(tmp_path / "r.npz")))
 
 
+def test_images_of_another_size_than_the_data_set_s_are_refused(tmp_path):
+    """Published statistics do not say of what size their images were, the name of the data set does; of moments too."""
+    shipped, digits = Reference.load(SHIPPED).gaussian, mnist_digits()[0][:10]
+    np.savez(tmp_path / "published.npz", mu=shipped.mean.numpy(), sigma=shipped.cov.numpy())
+    faces = protocol("mnist", dataset="ffhq64", reference=str(tmp_path / "published.npz"), reference_sha256=None)
+    with pytest.raises(MetricError, match=r"the images are 32x32, but .*published.npz was made of 64x64 ones \(ffhq64"):
+        scoring.score([digits], faces)
+    same_size = replace(faces, dataset="cifar10")
+    scorer = scoring.Scorer(same_size)
+    scorer.add(digits)
+    scorer.moments.save(tmp_path / "moments.npz")
+    moments = Moments.load(tmp_path / "moments.npz")
+    assert scoring.score_moments([moments], same_size) == pytest.approx(scoring.score([digits], same_size))
+    with pytest.raises(MetricError, match="the images are 32x32"):
+        scoring.score_moments([moments], faces)
+
+
+def test_statistics_do_not_take_the_place_of_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "CHECKPOINTS", tmp_path / "checkpoints")
+    made = tmp_path / "checkpoints" / "mnist_reference"
+    for name in ("A/set_v1.0", "B/set_v1.0", "cifar10", "fd_mnist", "here"):
+        (tmp_path / name).mkdir(parents=True)
+        for i, digit in enumerate(mnist_digits()[0][:3, 0].numpy()):
+            Image.fromarray(digit).save(tmp_path / name / f"{i}.png")
+
+    def build(*of):
+        return stats_main(["build", *of, "--protocol", "mnist"])
+
+    assert build(str(tmp_path / "A" / "set_v1.0")) == 0
+    first = (made / "set_v1.0.npz").read_bytes()
+    with pytest.raises(ConfigError, match="set_v1.0.npz is there already: say with --out"):
+        build(str(tmp_path / "B" / "set_v1.0"))
+    assert (made / "set_v1.0.npz").read_bytes() == first
+    for name in ("cifar10", "fd_mnist"):  # where those of CIFAR-10 itself and of the shipped digits lie
+        with pytest.raises(ConfigError, match=f"{name}.npz is the place of another data set: say with --out"):
+            build(str(tmp_path / name))
+    monkeypatch.chdir(tmp_path / "here")
+    assert build(".") == 0
+    assert sorted(path.name for path in made.iterdir()) == ["here.npz", "set_v1.0.npz"]
+    assert build(str(tmp_path / "B" / "set_v1.0"), "--out", str(made / "set_v1.0.npz")) == 0
+
+
 def test_build_from_a_folder_and_score_it_as_zero(tmp_path, capsys):
     folder = tmp_path / "real"
     folder.mkdir()
@@ -203,7 +286,7 @@ def test_build_from_a_folder_and_score_it_as_zero(tmp_path, capsys):
     with pytest.raises(ConfigError, match="cifar10"):
         stats_main(["build", "cifar11", "--protocol", "mnist"])
     with pytest.raises(ConfigError, match="device=nonsense is not available here"):
-        stats_main(["build", "mnist", "--device", "nonsense"])
+        stats_main(["build", "mnist", "--device", "nonsense", "--out", str(out)])
     assert stats_main(["build", str(folder), "--protocol", "mnist", "--out", str(out), "--device", "auto"]) == 0
 
 

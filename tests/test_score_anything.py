@@ -14,6 +14,8 @@ from PIL import Image
 from evodiff.data import mnist_digits
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
+from evodiff.metrics import images as module
+from evodiff.metrics.build import build_reference
 from evodiff.metrics.cli import score_path_main, stats_main
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import Gaussian, frechet_distance
@@ -81,6 +83,44 @@ def test_colours_of_16_bits_are_refused(tmp_path):
         [*read_images(tmp_path, 3)]
 
 
+@pytest.mark.parametrize("kind", ["P6", "P3"])
+def test_a_ppm_of_16_bits_is_refused_and_one_of_8_is_not(tmp_path, kind):
+    for most in (65535, 255, 7):
+        values = "3 " * 12 if kind == "P3" else "\0" * 12 * (2 if most > 255 else 1)
+        (tmp_path / "a.ppm").write_bytes(f"{kind}\n2 2\n{most}\n{values}".encode())
+        if most > 255:
+            with pytest.raises(MetricError, match="a.ppm has mode RGB, of 16 bits"):
+                [*read_images(tmp_path, 3)]
+        else:
+            assert len(torch.cat([*read_images(tmp_path, 3)])) == 1
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_a_file_of_several_images_is_refused(tmp_path, digits, ending):
+    first, *others = (Image.fromarray(image[0].numpy()) for image in digits[:3])
+    first.save(tmp_path / f"all.{ending}", save_all=True, append_images=others)
+    with pytest.raises(MetricError, match=f"all.{ending} holds 3 images; save each in a file of its own"):
+        [*read_images(tmp_path, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_every_entry_of_a_zip_is_read_and_no_folder(tmp_path, digits):
+    folder = save_png(tmp_path / "png", digits[:2])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.mkdir("set.png")
+        for i in range(2):
+            archive.write(folder / f"{i:03d}.png", "set.png/same.png")
+    assert torch.equal(torch.cat([*read_images(tmp_path / "a.zip", 1)]), digits[:2])
+
+
+def test_an_array_of_images_is_held_once(tmp_path, digits):
+    """Batches are parts of it, whatever their size, and not of a copy."""
+    for size in (33, 100, 1000):
+        batches = [*module._rebatched(tmp_path, iter([("images.npz", digits)]), size)]
+        assert torch.equal(torch.cat(batches), digits)
+        assert {b.untyped_storage().data_ptr() for b in batches} == {digits.untyped_storage().data_ptr()}
+
+
 def test_a_protocol_may_be_given_another_name():
     assert protocol("mnist", name="mine").name == "mine"
 
@@ -101,7 +141,7 @@ def test_the_distance_is_that_of_the_features(digits):
 
 def test_every_metric_comes_from_one_pass(digits):
     images = mnist_digits()[0][::2]
-    values = score(images.split(250), MNIST, metrics=[m for m in METRICS if m != "sfid"])
+    values = score(images.split(250), MNIST, metrics=[m for m in METRICS if m not in ("sfid", "curve")])
     names = ["fd_mnist", "fd_mnist_se", "fd_mnist_inf", "is_mnist", "is_std_mnist", "kid_mnist", "kid_std_mnist"]
     names += [f"{name}_mnist" for name in ("precision", "recall", "density", "coverage")]
     assert set(values) == {f"{name}@2500" for name in names}
@@ -139,8 +179,14 @@ def test_moments_are_scored_by_the_features_they_are_of(digits, tmp_path, capsys
             score_path_main([f"path={path}", "protocol=mnist", f"protocol.{change}"])
     with pytest.raises(ConfigError, match="metrics=fid,kid: moments give fid alone"):
         score_path_main([f"path={path}", "protocol=mnist", "metrics=fid,kid"])
-    assert score_path_main([f"path={path},{path}", "protocol=mnist", f"moments={total}"]) == 0
+    again = tmp_path / "again.npz"
+    again.write_bytes(path.read_bytes())
+    assert score_path_main([f"path={path},{again}", "protocol=mnist", f"moments={total}"]) == 0
     assert Moments.load(total).n == 200
+    (tmp_path / "link.npz").symlink_to(path)
+    for same in (path, tmp_path / "link.npz"):
+        with pytest.raises(ConfigError, match="names a file twice"):
+            score_path_main([f"path={path},{same}", "protocol=mnist"])
     Moments.of(torch.randn(5, 64)).save(other)
     with pytest.raises(MetricError, match="cannot be added"):
         score_path_main([f"path={path},{other}", "protocol=mnist"])
@@ -178,6 +224,7 @@ def test_folder_zip_npz_and_run_score_the_same(digits, tmp_path, capsys):
         printed = json.loads(capsys.readouterr().out)
         assert printed["metrics"]["fd_mnist@100"] == pytest.approx(expected, rel=1e-5), name
         assert printed["protocol"]["hash"] == MNIST.hash and not printed["lossy"]
+        assert printed["files"] == files_used(MNIST)
 
 
 def test_a_proxy_and_lossy_files_are_said(digits, tmp_path, capsys):
@@ -188,6 +235,7 @@ def test_a_proxy_and_lossy_files_are_said(digits, tmp_path, capsys):
     score_path_main([f"path={folder}", "protocol=mnist"])
     out = capsys.readouterr().out
     assert "fd_mnist@10" in out and "proxy: the protocol asks for 5000" in out and "lossy" in out
+    assert f"protocol mnist {MNIST.hash}, beside mnist (mnist_reference/fd_mnist.npz)" in out
 
 
 def grey(folder, name, size=(32, 32), mode="L"):
@@ -237,6 +285,7 @@ def test_one_image_no_image_and_no_path_are_refused(tmp_path):
         (np.zeros((4, 1, 32, 32), np.float32) - 1, "floats from -1"),
         (np.full((4, 1, 32, 32), 300.0), "expected 0..255"),
         (np.linspace(0, 1, 4 * 32 * 32).reshape(4, 1, 32, 32), "floats from 0 to 1"),
+        (np.linspace(0, 1.02, 4 * 32 * 32).reshape(4, 1, 32, 32), "looks like 0..1 with overshoot"),
         (np.full((4, 1, 32, 32), np.nan), "expected 0..255"),
         (np.zeros((4, 1, 32, 32), np.int64), "int64"),
         (np.zeros((4, 32, 32, 3), np.uint8), "grey images"),
@@ -279,6 +328,9 @@ def test_a_changed_shard_and_a_broken_zip_are_refused(digits, tmp_path):
         (["path=.", "protocol=mnist", "metrics=fod"], "fod"),
         (["path=x", "protocol=mnist", "weights=nowhere"], "nowhere"),
         (["path=x", "protocol=mnist", "protocol.n=one"], "n="),
+        (["path=x", "protocol=mnist", "protocol.n=[1"], r"protocol.n=\[1 cannot be read"),
+        (["path=x", "protocol=mnist", "protocol.n=${x}"], r"protocol.n=\${x} cannot be read"),
+        (["path=x", "protocol=mnist", "protocol.name=[1,2]"], "protocol.name=.* expected text"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -294,6 +346,31 @@ def test_metrics_the_reference_cannot_serve_are_refused(tmp_path):
     for metric in ("kid", "pr", "sfid"):
         with pytest.raises(MetricError, match=metric):
             Scorer(bare, metrics=[metric])
+
+
+def test_too_few_images_are_refused_before_their_features_are_taken(digits, tmp_path, monkeypatch):
+    folder = save_png(tmp_path / "png", digits)
+    np.savez(tmp_path / "images.npz", images=digits.numpy())
+    for metric, least in (("curve", 5000), ("kid", 1000), ("limit", 256)):
+        message = (
+            f"metrics={metric} needs at least {least} images, and there are 100: score more, or leave {metric} out"
+        )
+        with pytest.raises(MetricError, match=message):  # of an array when it has been read
+            score_path_main([f"path={tmp_path / 'images.npz'}", "protocol=mnist", f"metrics={metric}"])
+        with monkeypatch.context() as patch, pytest.raises(MetricError, match=message):
+            patch.setattr(Scorer, "add", lambda *_: pytest.fail("features were taken"))
+            score_path_main([f"path={folder}", "protocol=mnist", f"metrics=fid,{metric}"])
+    path = tmp_path / "few.npz"
+    build_reference([digits], extractor_of(MNIST), MNIST).save(path)
+    few = protocol("mnist", reference=str(path), reference_sha256=None)
+    with pytest.raises(MetricError, match="metrics=kid needs the features of at least 1000 real images, .* has 100"):
+        Scorer(few, metrics=["fid", "kid"])
+    Scorer(few, metrics=["fid", "pr"])
+
+
+def test_a_protocol_of_many_images_takes_the_memory_of_those_there_are(digits):
+    many = replace(MNIST, n=10**14)
+    assert score([digits], many, metrics=["ci"]).keys() == {"fd_mnist_se@100"}
 
 
 @pytest.mark.slow

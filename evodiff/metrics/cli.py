@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
 
 from evodiff.device import device_for
 from evodiff.errors import ConfigError
@@ -14,12 +18,12 @@ from evodiff.files import sha256
 from evodiff.metrics.build import build_reference
 from evodiff.metrics.datasets import DATASETS, dataset_batches
 from evodiff.metrics.features import extractor
-from evodiff.metrics.frechet import frechet_distance
-from evodiff.metrics.images import lossy, read_images
+from evodiff.metrics.frechet import Gaussian, frechet_distance
+from evodiff.metrics.images import count_images, lossy, read_images
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import Protocol, protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.score import METRICS, Scorer, score_moments, sum_of
+from evodiff.metrics.score import METRICS, Scorer, files_used, reference_path, score_moments, sum_of
 from evodiff.paths import CHECKPOINTS
 
 USAGE = """evodiff score path=DIR|ZIP|NPZ protocol=NAME [key=value ...] [--json]
@@ -36,6 +40,10 @@ batch      images that the extractor sees at once, default 64
 evodiff score [key=value ...]   without a path, the images of a run of this project: keys as in `evodiff run --help`"""
 
 
+ROUNDING = 1e-6
+"""Of the mean square of features, what rounding explains of the squared distance between statistics."""
+
+
 def score_path_main(argv: list[str]) -> int:
     """Score images from anywhere as this project's own are scored."""
     if "-h" in argv or "--help" in argv:
@@ -50,11 +58,14 @@ def score_path_main(argv: list[str]) -> int:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"path={path} does not exist; give a folder of images, a zip of images or an npz")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ConfigError(f"path={options['path']} names a file twice, whose images would count twice; name each once")
     if all(_is_moments(p) for p in paths):
         if asked != ["fid"]:
             raise ConfigError(f"metrics={','.join(asked)}: moments give fid alone. Score the images themselves.")
         moments = sum_of(map(Moments.load, paths))
         metrics = score_moments([moments], chosen)
+        about["files"] = {"reference": sha256(reference_path(chosen))}
         if kept is not None:
             moments.save(kept)
     elif len(paths) > 1:
@@ -62,18 +73,21 @@ def score_path_main(argv: list[str]) -> int:
     else:
         weights = Path(options["weights"]) if "weights" in options else None
         scorer = Scorer(chosen, options["device"], asked, weights)
+        if (n := count_images(paths[0])) is not None:
+            scorer.check_count(n)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
             scorer.add(images)
         if kept is not None:
             scorer.moments.save(kept)
         metrics = scorer.result()
-        about["lossy"] = lossy(paths[0])
+        about |= {"files": files_used(chosen, options["device"], weights), "lossy": lossy(paths[0])}
     if "--json" in argv:
         print(json.dumps({**about, "metrics": metrics}, indent=1))
         return 0
     for name, value in metrics.items():
         print(f"{name:<24} {value:.6g}" + (f"   proxy: the protocol asks for {chosen.n}" * chosen.is_proxy(name)))
-    print(f"protocol {chosen.name} {chosen.hash}" + "; some images come from lossy files" * bool(about.get("lossy")))
+    told = "; some images come from lossy files" * bool(about.get("lossy"))
+    print(f"protocol {chosen.name} {chosen.hash}, beside {chosen.dataset} ({chosen.reference}){told}")
     return 0
 
 
@@ -93,10 +107,13 @@ def _options(argv: list[str]) -> dict[str, str]:
 
 
 def _protocol(options: dict[str, str]) -> Protocol:
-    from omegaconf import OmegaConf
-
-    changes = [f"{k.removeprefix('protocol.')}={v}" for k, v in options.items() if k.startswith("protocol.")]
-    chosen = protocol(options["protocol"], **{str(k): v for k, v in OmegaConf.from_dotlist(changes).items()})
+    given = [f"{key}={value}" for key, value in options.items() if key.startswith("protocol.")]
+    try:
+        changes = OmegaConf.from_dotlist([change.removeprefix("protocol.") for change in given])
+        OmegaConf.resolve(changes)
+    except (OmegaConfBaseException, YAMLError) as e:
+        raise ConfigError(f"{' '.join(given)} cannot be read: {' '.join(str(e).split())}") from e
+    chosen = protocol(options["protocol"], **{str(k): v for k, v in changes.items()})
     if "weights" in options:
         # other weights are another protocol: the hash says so
         if not Path(options["weights"]).is_file():
@@ -127,7 +144,9 @@ def stats_main(argv: list[str]) -> int:
     build = commands.add_parser("build", help="make them of real images")
     build.add_argument("dataset", help=f"mnist, {', '.join(DATASETS)}, or a folder, zip or npz of images")
     build.add_argument("--protocol", help="whose extractor and resize to use (default for mnist: mnist)")
-    build.add_argument("--out", type=Path, help="default: checkpoints/<protocol>_reference/<dataset>.npz")
+    build.add_argument(
+        "--out", type=Path, help="default: checkpoints/<protocol>_reference/<dataset>.npz, if that is not there yet"
+    )
     build.add_argument("--weights", type=Path, help="file of the extractor, instead of the registry's")
     build.add_argument("--root", type=Path, default=CHECKPOINTS / "cache" / "datasets", help="of torchvision's data")
     build.add_argument("--limit", type=int, help="only the first images of a named data set")
@@ -165,17 +184,27 @@ def _build(args: argparse.Namespace) -> int:
         raise ConfigError(f"name the images: mnist, {', '.join(DATASETS)}, or a folder, zip or npz")
     if args.out is None and args.limit is not None:
         raise ConfigError("--limit makes statistics for a trial: say with --out where they go")
-    out = args.out and npz_name(args.out)
+    out = npz_name(args.out or _place(args.dataset, chosen))
     extract = extractor(chosen.extractor, device_for(args.device), chosen.resize, chosen.scaling, args.weights)
-    if out is None:
-        file = f"{chosen.metric}.npz" if args.dataset == "mnist" else f"{Path(args.dataset).stem}.npz"
-        out = CHECKPOINTS / f"{chosen.name}_reference" / file
     batches, about = dataset_batches(args.dataset, args.root, extract.channels, args.batch, args.limit, chosen.rounding)
     reference = build_reference(batches, extract, chosen, **about)
     reference.save(out)
     print(f"{out}\nsha256 {sha256(out)}")
     _describe(reference)
     return 0
+
+
+def _place(dataset: str, chosen: Protocol) -> Path:
+    """Where the statistics go, if nothing is there and it is no other data set's. Raises ConfigError."""
+    path = Path(dataset).resolve()
+    named = {"mnist": chosen.metric, **{name: name for name in DATASETS}}
+    name = named.get(dataset, path.stem if path.is_file() else path.name)
+    out = CHECKPOINTS / f"{chosen.name}_reference" / f"{name}.npz"
+    if dataset not in named and name in named.values():
+        raise ConfigError(f"{out} is the place of another data set: say with --out where the statistics of {path} go")
+    if out.exists():
+        raise ConfigError(f"{out} is there already: say with --out where these go (the same name replaces it)")
+    return out
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -219,6 +248,8 @@ def _convert(args: argparse.Namespace) -> int:
     n = args.count if args.count is not None else reference.gaussian.n
     if reference.features is not None and n != len(reference.features):
         raise ConfigError(f"{args.file} holds the features of {len(reference.features)} images, not of {n}")
+    if args.count is not None and args.count < (least := _least_images(reference.gaussian)):
+        raise ConfigError(f"--count {n} is impossible: the covariance in {args.file} is of at least {least} images")
     about = {**reference.provenance, "source_sha256": sha256(args.file)}
     if args.dataset:
         about["dataset"] = args.dataset
@@ -228,6 +259,12 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _least_images(gaussian: Gaussian) -> int:
+    """One more than the rank of the covariance, without eigenvalues as small as float32 makes by rounding."""
+    eigenvalues = torch.linalg.eigvalsh(gaussian.cov)
+    return max(2, 1 + int((eigenvalues > 1e-6 * eigenvalues[-1]).sum()))
+
+
 def _diff(args: argparse.Namespace) -> int:
     a, b = Reference.load(args.a), Reference.load(args.b)
     facts = [{**r.provenance, "count": r.gaussian.n, "dim": r.dim} for r in (a, b)]
@@ -235,9 +272,29 @@ def _diff(args: argparse.Namespace) -> int:
         values = [f.get(key) for f in facts]
         if values[0] != values[1]:
             print(f"{key:<20} {values[0]}  |  {values[1]}")
-    distance = frechet_distance(a.gaussian, b.gaussian)
-    scale = max(g.cov.trace().item() + g.mean.square().sum().item() for g in (a.gaussian, b.gaussian))
-    print(f"{'mean':<20} max difference {(a.gaussian.mean - b.gaussian.mean).abs().max().item():.3e}")
-    print(f"{'covariance':<20} max difference {(a.gaussian.cov - b.gaussian.cov).abs().max().item():.3e}")
-    print(f"{'fréchet distance':<20} {distance:.6g}")
-    return int(distance > 1e-6 * scale)
+    differ = _differ("", a.gaussian, b.gaussian)
+    for name in ("spatial", "features"):
+        parts = [getattr(r, name) for r in (a, b)]
+        if all(part is not None for part in parts):
+            differ |= _differ("spatial ", *parts) if name == "spatial" else _features_differ(*parts)
+        elif any(part is not None for part in parts):
+            print(f"{name:<20} only in {args.b if parts[0] is None else args.a}")
+    return int(differ)
+
+
+def _differ(of: str, a: Gaussian, b: Gaussian) -> bool:
+    distance = frechet_distance(a, b)
+    print(f"{of + 'mean':<20} max difference {(a.mean - b.mean).abs().max().item():.3e}")
+    print(f"{of + 'covariance':<20} max difference {(a.cov - b.cov).abs().max().item():.3e}")
+    print(f"{of + 'fréchet distance':<20} {distance:.6g}")
+    return distance > ROUNDING * max(g.cov.trace().item() + g.mean.square().sum().item() for g in (a, b))
+
+
+def _features_differ(a: Tensor, b: Tensor) -> bool:
+    """Image by image: kid and pr take them in their order."""
+    if a.shape != b.shape:
+        print(f"{'features':<20} {list(a.shape)}  |  {list(b.shape)}")
+        return True
+    a, b = a.double(), b.double()
+    print(f"{'features':<20} max difference {(a - b).abs().max().item():.3e}")
+    return not (a - b).square().sum() <= ROUNDING * a.square().sum()  # nor of nan

@@ -18,7 +18,7 @@ from evodiff.errors import ConfigError
 from evodiff.files import whole_file
 from evodiff.metrics.distances import recut
 from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import score
+from evodiff.metrics.score import score, scored_by
 from evodiff.sampling import to_uint8
 from evodiff.store import SampleStore
 
@@ -41,22 +41,24 @@ class Matched:
     free: float
 
 
-def read_matched(path: Path) -> dict[str, Matched]:
-    """matched.csv by the run's key; empty if it is not there."""
-    if not path.exists():
+def read_matched(path: Path, protocol: Protocol | None) -> dict[str, Matched]:
+    """What matched.csv has of this protocol and its reference, by the run's key; nothing if it is not there."""
+    if protocol is None or not path.exists():
         return {}
     with path.open(newline="") as file:
         return {
             line["run"]: Matched(int(line["images"]), *(float(line[field.name]) for field in fields(Matched)[1:]))
             for line in csv.DictReader(file)
+            if line.get("protocol") == scored_by(protocol)
         }
 
 
-def write_matched(path: Path, cells: Mapping[tuple[str, int, str], Matched]) -> None:
+def write_matched(path: Path, cells: Mapping[tuple[str, int, str], Matched], protocol: Protocol) -> None:
     """matched.csv from (row, NFE, the run's key)."""
-    lines = [[row, nfe, *astuple(matched), key] for (row, nfe, key), matched in cells.items()]
+    names = ["solver", "nfe", *(field.name for field in fields(Matched)), "run", "protocol"]
+    lines = [[row, nfe, *astuple(cell), key, scored_by(protocol)] for (row, nfe, key), cell in cells.items()]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([["solver", "nfe", *(field.name for field in fields(Matched)), "run"], *lines])
+        csv.writer(file).writerows([names, *lines])
 
 
 def contrast_matched(

@@ -69,6 +69,9 @@ DATASETS = {
     ),
     "lsun-bedroom256": Dataset("LSUN", {"classes": ["bedroom_train"]}, "centre", "bicubic", _shorter_side(256)),
 }
+SIDES = {"cifar10": 32, "lsun_bedroom": 256, "afhqv2": 64, "celeba64": 64, "ffhq64": 64}
+SIDES |= {f"imagenet{side}": side for side in (64, 128, 256)}
+"""Of the square images of a protocol's `dataset`: published statistics do not say it."""
 
 
 def dataset_batches(

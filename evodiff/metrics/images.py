@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from evodiff.errors import MetricError
@@ -64,10 +65,21 @@ def _names(path: Path) -> list[str]:
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
-                return sorted(n for n in archive.namelist() if _is_image(n) and "__MACOSX" not in n)
+                return [entry.filename for entry in _entries(archive)]
         except (OSError, zipfile.BadZipFile) as e:
             raise MetricError(f"{path} is no readable zip: {e}") from e
     return []
+
+
+def _entries(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Not names, of which an archive may have one twice: all are read."""
+    images = (e for e in archive.infolist() if not e.is_dir() and _is_image(e.filename))
+    return sorted((e for e in images if "__MACOSX" not in e.filename), key=lambda e: e.filename)
+
+
+def count_images(path: Path) -> int | None:
+    """How many image files a folder or zip has; None for a run or an npz, which are read to be counted."""
+    return None if path.is_dir() and _run(path) else len(_names(path)) or None
 
 
 def _is_image(name: str) -> bool:
@@ -85,21 +97,23 @@ def _of_folder(path: Path, channels: int) -> Iterator[Named]:
 
 
 def _of_zip(path: Path, channels: int) -> Iterator[Named]:
-    names = _names(path)
+    _names(path)  # raises for what is no zip
     with zipfile.ZipFile(path) as archive:
-        for name in names:
+        for entry in _entries(archive):
+            name = f"{entry.filename} in {path}"
             try:
-                content = archive.read(name)
+                content = archive.read(entry)
             except Exception as e:  # zlib's errors among them
-                raise MetricError(f"{name} in {path} cannot be read: {e}") from e
-            yield _decoded(content, f"{name} in {path}", channels)
+                raise MetricError(f"{name} cannot be read: {e}") from e
+            yield _decoded(content, name, channels)
 
 
 def _decoded(content: bytes, name: str, channels: int) -> Named:
     """One image file as uint8 [1, C, H, W]."""
     try:
         image = Image.open(BytesIO(content))
-        deep = ";16" in str(image.tile)  # of 16-bit colours Pillow would keep the high bytes
+        deep = _is_deep(image)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's previews are no images
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         reason = "it is of no known format" if isinstance(e, UnidentifiedImageError) else str(e)
@@ -108,8 +122,16 @@ def _decoded(content: bytes, name: str, channels: int) -> Named:
         expected = "grey" if channels == 1 else "RGB"
         mode = f"mode {image.mode}{', of 16 bits' if deep else ''}"
         raise MetricError(f"{name} has {mode}, but this protocol scores 8-bit {expected} images")
+    if frames > 1:
+        raise MetricError(f"{name} holds {frames} images; save each in a file of its own")
     pixels = torch.from_numpy(np.array(image))
     return name, pixels[None, None] if channels == 1 else pixels.permute(2, 0, 1)[None]
+
+
+def _is_deep(image: ImageFile) -> bool:
+    """Whether it has colours of 16 bits, of which Pillow would keep the high bytes; a PPM says the largest value."""
+    largest = (args[1] for codec, _, _, args in image.tile if codec.startswith("ppm") and isinstance(args, tuple))
+    return ";16" in str(image.tile) or max(largest, default=0) > 255
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,8 @@ def _of_npz(path: Path, channels: int, rounding: str) -> Iterator[Named]:
         raise MetricError(
             f"{path} holds {held}; expected an array `images`, `samples` or `arr_0` of shape [N, H, W, C]"
         )
-    yield str(path), _as_nchw(torch.from_numpy(_as_uint8(array, path, rounding)), path, channels)
+    array = _as_uint8(array, path, rounding)  # under the same name: the floats are not kept
+    yield str(path), _as_nchw(torch.from_numpy(array), path, channels)
 
 
 def _as_nchw(images: Tensor, path: Path, channels: int) -> Tensor:
@@ -178,6 +201,11 @@ def _as_uint8(array: np.ndarray, path: Path, rounding: str) -> np.ndarray:
     if not array.size:
         raise MetricError(f"{path} holds no images: its array is of shape {list(array.shape)}")
     low, high = float(array.min()), float(array.max())
+    if low >= 0 and 1 < high <= 2:  # as uint8 these would be black
+        raise MetricError(
+            f"{path} holds floats from {low:g} to {high:g}, which looks like 0..1 with overshoot; expected 0..255: "
+            f"clip and scale them, or save uint8"
+        )
     if not (low >= 0 and 1 < high <= 255):
         raise MetricError(f"{path} holds floats from {low:g} to {high:g}; expected 0..255: scale them, or save uint8")
     return (np.rint(array) if rounding == "round" else np.floor(array)).astype(np.uint8)
@@ -185,17 +213,22 @@ def _as_uint8(array: np.ndarray, path: Path, rounding: str) -> np.ndarray:
 
 def _rebatched(path: Path, chunks: Iterator[Named], batch: int) -> Iterator[Tensor]:
     waiting: list[Tensor] = []
-    first: Named | None = None
+    first: tuple[str, str] | None = None
     for name, chunk in chunks:
-        first = first or (name, chunk)
-        if chunk.shape[2:] != first[1].shape[2:]:
-            a, b = (f"{image.shape[3]}x{image.shape[2]}" for image in (first[1], chunk))
-            raise MetricError(f"{name} is {b}, but {first[0]} is {a}; expected images of one size")
+        size = f"{chunk.shape[3]}x{chunk.shape[2]}"
+        first = first or (name, size)
+        if size != first[1]:
+            raise MetricError(f"{name} is {size}, but {first[0]} is {first[1]}; expected images of one size")
         waiting.append(chunk)
         if sum(map(len, waiting)) >= batch:
-            *full, rest = torch.cat(waiting).split(batch)
+            *full, rest = _joined(waiting).split(batch)
             yield from full
             waiting = [rest]
     if first is None:
         raise MetricError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    yield torch.cat(waiting)
+    yield _joined(waiting)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Without a copy of a single one, which may be a whole npz."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

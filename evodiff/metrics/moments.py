@@ -23,13 +23,15 @@ class Moments:
 
     Moments of parts add up to the moments of the whole, in any order and grouping, to rounding. Taking the mean out at
     the end costs digits when it is large: the relative error of `cov` is about 1e-16 mean^2 / variance.
-    `made_by` says by what the vectors were made (Protocol.features); only those of one kind add up.
+    `made_by` says by what the vectors were made (Protocol.features), `image_size` of what images, [width, height]; only
+    those of one kind add up, as far as it is known.
     """
 
     n: int
     total: Tensor
     outer: Tensor
     made_by: str = ""
+    image_size: list[int] | None = None
 
     @classmethod
     def zeros(cls, dim: int, made_by: str = "") -> Self:
@@ -69,7 +71,11 @@ class Moments:
             raise MetricError(f"moments of dimension {self.dim} and {other.dim} cannot be added")
         if other.made_by != self.made_by:
             raise MetricError(f"moments of {self.made_by} and of {other.made_by} cannot be added")
-        return Moments(self.n + other.n, self.total + other.total, self.outer + other.outer, self.made_by)
+        sizes = [size for size in (self.image_size, other.image_size) if size]
+        if sizes[:1] != sizes[-1:]:
+            raise MetricError("moments of {}x{} and of {}x{} images cannot be added".format(*sizes[0], *sizes[1]))
+        total, outer = self.total + other.total, self.outer + other.outer
+        return Moments(self.n + other.n, total, outer, self.made_by, sizes[0] if sizes else None)
 
     @property
     def mean(self) -> Tensor:
@@ -89,8 +95,9 @@ class Moments:
 
     def save(self, path: Path) -> None:
         """Write one npz, whole or not at all."""
+        total, outer, size = self.total.numpy(), self.outer.numpy(), np.array(self.image_size or [], dtype=int)
         with whole_file(path) as temporary:
-            np.savez(temporary, n=self.n, total=self.total.numpy(), outer=self.outer.numpy(), made_by=self.made_by)
+            np.savez(temporary, n=self.n, total=total, outer=outer, made_by=self.made_by, image_size=size)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -99,8 +106,9 @@ class Moments:
             with np.load(path) as file:
                 n, total, outer = int(file["n"]), torch.from_numpy(file["total"]), torch.from_numpy(file["outer"])
                 made_by = str(file["made_by"])
+                size = file["image_size"].tolist() if "image_size" in file else None  # older files do not say it
         except Exception as e:  # as of images in an npz: of a damaged one what is raised has no end
             raise MetricError(f"{path} holds no moments ({e}); expected an npz with n, total, outer, made_by") from e
         if total.ndim != 1 or outer.shape != (len(total), len(total)) or total.dtype != torch.float64:
             raise MetricError(f"{path} holds no moments: total {tuple(total.shape)}, outer {tuple(outer.shape)}")
-        return cls(n, total, outer, made_by)
+        return cls(n, total, outer, made_by, size or None)

@@ -12,7 +12,7 @@ from evodiff.files import whole_file
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import AT_ONCE, extractor_of, reference_of
+from evodiff.metrics.score import AT_ONCE, extractor_of, reference_of, scored_by
 from evodiff.metrics.uncertainty import influence, standard_error
 from evodiff.store import SampleStore
 
@@ -46,19 +46,20 @@ def paired(run: Scored, other: Scored) -> Paired:
     return Paired(run.distance - other.distance, standard_error(run.influence - other.influence))
 
 
-def read_paired(path: Path) -> dict[tuple[str, str], Paired]:
-    """paired.csv by the keys of both runs; empty if it is not there."""
-    if not path.exists():
+def read_paired(path: Path, protocol: Protocol | None) -> dict[tuple[str, str], Paired]:
+    """What paired.csv has of this protocol and its reference, by the keys of both runs; nothing if it is not there."""
+    if protocol is None or not path.exists():
         return {}
     with path.open(newline="") as file:
         return {
             (line["run"], line["other"]): Paired(*(float(line[field.name]) for field in fields(Paired)))
             for line in csv.DictReader(file)
+            if line.get("protocol") == scored_by(protocol)
         }
 
 
-def write_paired(path: Path, found: Mapping[tuple[str, str], Paired]) -> None:
+def write_paired(path: Path, found: Mapping[tuple[str, str], Paired], protocol: Protocol) -> None:
     """paired.csv from what `read_paired` gives."""
-    lines = [[run, other, *astuple(pair)] for (run, other), pair in found.items()]
+    lines = [[run, other, *astuple(pair), scored_by(protocol)] for (run, other), pair in found.items()]
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([["run", "other", *(field.name for field in fields(Paired))], *lines])
+        csv.writer(file).writerows([["run", "other", *(field.name for field in fields(Paired)), "protocol"], *lines])

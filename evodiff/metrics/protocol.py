@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
@@ -14,13 +15,16 @@ from evodiff.paths import CONFIGS, check_checkout
 from evodiff.sampling import ROUNDINGS
 
 LABEL_POLICIES = ("none", "seeded_random")
+DIGEST = re.compile("[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How images become numbers. Two scores are comparable when the hashes of their protocols are equal.
+    """How images become numbers. Two scores are comparable when the hashes of their protocols are equal, and where a
+    sha256 is None, the files as well that were used (evodiff.metrics.score.files_used).
 
-    metric            prefix of the Fréchet distance's name: `fid` is kept for the 2015 Inception
+    metric            prefix of the Fréchet distance's name: `fid` is refused for features of another than the 2015
+                      Inception
     extractor         name in `evodiff.metrics.features.NETWORKS`
     extractor_sha256  of its weights file, or the leading 8 hex digits or more; None: not published, not checked
     resize, scaling   how images are brought to the extractor: `native` is its own way, otherwise see
@@ -53,6 +57,17 @@ class Protocol:
     is_part: int | None = None
 
     def __post_init__(self) -> None:
+        for key in ("name", "metric", "extractor", "resize", "dataset", "reference"):
+            if not isinstance(value := getattr(self, key), str):
+                raise ConfigError(f"protocol.{key}={value} is impossible: expected text.")
+        for key in ("extractor_sha256", "reference_sha256"):
+            if (value := getattr(self, key)) is not None and not DIGEST.fullmatch(value):
+                raise ConfigError(f"protocol.{key}={value} is impossible: expected 8 to 64 hex digits, or null.")
+        if "fid" in self.metric and self.extractor != "inception":
+            raise ConfigError(
+                f"protocol.metric={self.metric} is impossible: FID is of the features of inception, not of "
+                f"{self.extractor}. Call it fd_{self.extractor}, say."
+            )
         allowed: dict[str, tuple[str, ...]] = {"rounding": ROUNDINGS, "labels": LABEL_POLICIES}
         allowed |= {"feature_dtype": ("float32",), "moment_dtype": ("float64",)}
         for key, values in allowed.items():
@@ -60,14 +75,17 @@ class Protocol:
                 raise ConfigError(
                     f"protocol {self.name}: {key}={getattr(self, key)!r} is not possible; choose {' or '.join(values)}"
                 )
-        if not isinstance(self.reference, str) or not self.reference:
+        if not self.reference:
             raise ConfigError(f"protocol {self.name}: reference={self.reference!r} names no file; see checkpoints/")
         if self.is_part is not None and (not isinstance(self.is_part, int) or self.is_part < 1):
             raise ConfigError(
                 f"protocol {self.name}: is_part={self.is_part} is not possible; a part has 1 image or more"
             )
         if not isinstance(self.n, int) or self.n < 2:
-            raise ConfigError(f"protocol {self.name}: n={self.n} is not possible; a covariance needs 2 images or more")
+            raise ConfigError(
+                f"protocol {self.name}: n={self.n} is not possible; expected a whole number like 5000, and 2 or more, "
+                f"for a covariance needs 2 images"
+            )
 
     def fields(self) -> dict[str, Any]:
         # is_part came when there were scores already, whose protocols have no such field
@@ -117,12 +135,18 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
     """The inverse of `describe`, and what a composed config means.
 
     `references` and `reference_sha256s`, mappings by data set, stand for `reference` and `reference_sha256` where these
-    are not given.
+    are not given; a `reference` that is given must not be that of another data set.
     """
     given = {str(k): v for k, v in values.items() if k != "hash"}
     references, digests = given.pop("references", None), given.pop("reference_sha256s", None) or {}
-    if references is not None and "reference" not in given:
-        dataset = given.get("dataset")
+    dataset = given.get("dataset")
+    if references is not None and "reference" in given:
+        if of := [name for name, file in references.items() if file == given["reference"] and name != dataset]:
+            raise ConfigError(
+                f"protocol.dataset={dataset}: {given['reference']} is of {of[0]}; set protocol.reference as well, to "
+                f"statistics of {dataset}."
+            )
+    elif references is not None:
         if dataset not in references:
             raise ConfigError(
                 f"protocol {given.get('name')} has no reference of {dataset!r}; set protocol.dataset to one of "
@@ -141,7 +165,4 @@ def from_dict(values: Mapping[Any, Any]) -> Protocol:
     for name in ("scaling", "extractor_sha256", "reference_sha256"):
         if given[name] is not None:
             given[name] = str(given[name])  # a command line makes numbers of 127.5 and of digits alone
-    for name in ("metric", "extractor", "reference"):
-        if not isinstance(given[name], str):
-            raise ConfigError(f"protocol.{name}={given[name]} is impossible: expected text.")
     return Protocol(**given)

@@ -125,12 +125,12 @@ def checked(path: Path, mean: np.ndarray, cov: np.ndarray, n: int | None) -> Gau
     m, c = (torch.from_numpy(x.astype(np.float64)) for x in (mean, cov))
     if not (m.isfinite().all() and c.isfinite().all()):
         raise MetricError(f"{what}: holds NaN or inf")
-    scale = c.diagonal().abs().max().item()
+    scale = c.norm().item()  # at least the largest eigenvalue, to which the errors of float32 are in proportion
     asymmetry = (c - c.T).abs().max().item()
     if asymmetry > 1e-6 * scale:
         raise MetricError(f"{what}: not symmetric (by {asymmetry:.1e} of {scale:.1e})")
     # a factor of the slightly raised matrix exists if and only if no eigenvalue is below what rounding explains
-    if torch.linalg.cholesky_ex(c + 1e-6 * scale * torch.eye(len(c), dtype=c.dtype)).info:
+    if scale and torch.linalg.cholesky_ex(c + 1e-6 * scale * torch.eye(len(c), dtype=c.dtype)).info:
         raise MetricError(f"{what}: not positive semidefinite: a covariance has no eigenvalue below 0")
     if n is not None and n < 2:
         raise MetricError(f"{what}: estimated from {n} images; expected 2 or more")

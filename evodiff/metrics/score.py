@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
-from evodiff.metrics.datasets import DATASETS
+from evodiff.metrics.datasets import DATASETS, SIDES
 from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.inception_score import PARTS, inception_score
@@ -19,7 +19,13 @@ from evodiff.metrics.moments import Moments
 from evodiff.metrics.precision_recall import NEIGHBOURS, precision_recall
 from evodiff.metrics.protocol import Protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.uncertainty import LEAST_FOR_A_LIMIT, frechet_infinity, influence, standard_error
+from evodiff.metrics.uncertainty import (
+    LEAST_FOR_A_LIMIT,
+    frechet_infinity,
+    influence,
+    least_for_a_limit,
+    standard_error,
+)
 from evodiff.paths import CHECKPOINTS
 
 METRICS = {
@@ -38,7 +44,8 @@ CURVE = (5_000, 10_000, 25_000, 50_000)
 RESULTS = {"pr": ("precision", "recall", "density", "coverage"), "ci": (), "limit": ("fid_inf",)}
 """What comes of a metric, beside its error, where that has another name."""
 LEAST = {"is": PARTS, "kid": SUBSET_SIZE, "pr": NEIGHBOURS + 1, "curve": CURVE[0], "limit": LEAST_FOR_A_LIMIT}
-"""Images that a metric needs; the others need 2."""
+"""Images that a metric needs, whatever the features; the others need 2."""
+RESERVED = 100_000
 _FROM_FEATURES = {"kid", "pr", "curve", "ci", "limit"}
 
 
@@ -65,7 +72,7 @@ def score(
 def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, float]:
     """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order.
 
-    Raises MetricError for moments of features that another protocol takes.
+    Raises MetricError for moments of features that another protocol takes, or of images of another size.
     """
     total = sum_of(parts)
     if total.made_by != protocol.features:
@@ -73,7 +80,20 @@ def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, flo
             f"the moments are of features by {total.made_by or 'an unknown network'}, but protocol {protocol.name} "
             f"takes {protocol.features}. Score with the protocol they were made for, or make them anew."
         )
-    return {protocol.key("fid", total.n): frechet_distance(total, reference_of(protocol).gaussian)}
+    reference = reference_of(protocol)
+    check_size(total.image_size, protocol, reference)
+    return {protocol.key("fid", total.n): frechet_distance(total, reference.gaussian)}
+
+
+def check_size(size: Sequence[int] | None, protocol: Protocol, reference: Reference) -> None:
+    """Raise MetricError for images [width, height] of another size than the reference's, where both are known."""
+    side = SIDES.get(protocol.dataset)
+    expected = reference.provenance.get("image_size") or (side and [side, side])
+    if size and expected and [*size] != [*expected]:
+        raise MetricError(
+            f"the images are {size[0]}x{size[1]}, but {protocol.reference} was made of {expected[0]}x{expected[1]} "
+            f"ones ({protocol.dataset}): choose another protocol.dataset, or score images of that size"
+        )
 
 
 def result_names(metrics: Sequence[str], protocol: Protocol, n: int) -> set[str]:
@@ -122,13 +142,19 @@ class Scorer:
 
     def extracted(self, images: Tensor) -> Features:
         """What the extractor says of uint8 images [B, C, H, W]. Raises MetricError unless they suit the protocol."""
-        size = self.reference.provenance.get("image_size")
-        if size and list(images.shape[:1:-1]) != size and images.ndim == 4:
-            raise MetricError(
-                f"the images are {images.shape[3]}x{images.shape[2]}, but {self.protocol.reference} was made of "
-                f"{size[0]}x{size[1]} ones"
-            )
+        if images.ndim == 4:
+            check_size(size := [images.shape[3], images.shape[2]], self.protocol, self.reference)
+            self.moments.image_size = size
         return self.extract(images)
+
+    def check_count(self, n: int) -> None:
+        """Raise MetricError if a metric needs more than n images."""
+        for name in self.metrics:
+            least = least_for_a_limit(self.extract.dim) if name == "limit" else LEAST.get(name, 0)
+            if n < least:
+                raise MetricError(
+                    f"metrics={name} needs at least {least} images, and there are {n}: score more, or leave {name} out"
+                )
 
     def parts(self, images: Tensor) -> Iterator[Features]:
         """The same, AT_ONCE images at a time."""
@@ -149,6 +175,7 @@ class Scorer:
             self.logits.add(out.logits)
 
     def result(self) -> dict[str, float]:
+        self.check_count(self.moments.n)
         values: dict[str, float] = {}
         n, key = self.moments.n, self.protocol.key
         if "fid" in self.metrics:
@@ -194,13 +221,21 @@ class Scorer:
                 f"{self.protocol.reference} cannot serve {', '.join(asked)}: kid and pr need the features of the real "
                 f"images, sfid their spatial moments. Build a reference with `evodiff stats build`, or leave them out."
             )
+        real = self.reference.features
+        for name in ("kid", "pr"):
+            if name in self.metrics and real is not None and len(real) < LEAST[name]:
+                raise MetricError(
+                    f"metrics={name} needs the features of at least {LEAST[name]} real images, and "
+                    f"{self.protocol.reference} has {len(real)}: build one of more images, or leave {name} out"
+                )
         if "is" in self.metrics and not self.extract.classes:
             raise MetricError(f"{self.protocol.extractor} has no logits, so there is no Inception Score of it")
 
 
 @dataclass
 class Rows:
-    """Rows added one batch after the other, in memory for `expected` rows from the start (it is used when written)."""
+    """Rows added one batch after the other, in memory for `expected` rows from the start (it is used when written); for
+    RESERVED at most, as what a protocol expects may be more than there will be."""
 
     expected: int
     _filled: int = 0
@@ -209,7 +244,8 @@ class Rows:
     def add(self, rows: Tensor) -> None:
         end = self._filled + len(rows)
         if end > len(self._data):
-            grown = torch.empty(max(end, self.expected, len(self._data) * 3 // 2), rows.shape[1], dtype=rows.dtype)
+            room = max(end, min(self.expected, RESERVED), len(self._data) * 3 // 2)
+            grown = torch.empty(room, rows.shape[1], dtype=rows.dtype)
             if self._filled:
                 grown[: self._filled] = self.tensor
             self._data = grown
@@ -244,9 +280,16 @@ def reference_path(protocol: Protocol) -> Path:
     return require(protocol.reference)
 
 
-def files_used(protocol: Protocol, device: str = "cpu") -> dict[str, str]:
+def files_used(protocol: Protocol, device: str = "cpu", weights: Path | None = None) -> dict[str, str]:
     """sha256 in full of what a score depends on: for the record, where the protocol knows less than that."""
-    return {"extractor": extractor_of(protocol, device).sha256, "reference": sha256(reference_path(protocol))}
+    extract = extractor_of(protocol, device, weights)
+    return {"extractor": extract.sha256, "reference": sha256(reference_path(protocol))}
+
+
+def scored_by(protocol: Protocol) -> str:
+    """The hash of a protocol, which for one that does not say its reference file goes on with that file's sha256."""
+    own = protocol.hash
+    return own if protocol.reference_sha256 else f"{own}-{sha256(reference_path(protocol))[:8]}"
 
 
 @cache

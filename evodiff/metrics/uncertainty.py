@@ -12,8 +12,10 @@ from evodiff.metrics.moments import Moments
 
 ROWS = 4096
 """Images looked at together."""
+SMALLEST_SUBSET = 2
+"""Images per feature of the smallest subset of a limit, about as many as the paper's 5,000 are of Inception's."""
 LEAST_FOR_A_LIMIT = 20
-"""Images, of which the smallest subset is a tenth: two."""
+"""Images, of which the smallest subset is a tenth: two. Many features need more: see `least_for_a_limit`."""
 
 
 def influence(features: Tensor, reference: Gaussian) -> Tensor:
@@ -41,7 +43,9 @@ def standard_error(influence: Tensor) -> float:
     """Of a distance, from the influence of each of its images; of the difference between two runs of the same seeds,
     from the difference of their influences.
 
-    It is the scatter from this choice of images; the bias from their finite number is not in it.
+    It is the scatter from this choice of images; the bias from their finite number is not in it. Where the distance is
+    of the order of that bias this is an upper estimate, up to twice the scatter: the first order, of which it is made,
+    no longer outweighs the second.
     """
     if len(influence) < 2:
         raise MetricError(f"a standard error needs at least 2 images, and there is {len(influence)}")
@@ -53,18 +57,25 @@ def frechet_infinity(
 ) -> float:
     """The distance at N -> infinity (arXiv 1911.07023): the intercept of a line in 1/N through `points` subset sizes.
 
-    Sizes are even from `smallest` (or a tenth of n, if that is less) to n; subsets are random, as in the paper.
+    Sizes are even from `smallest` (or a tenth of n, if that is less) to n, but from twice the number of features at
+    least: of fewer images the distance is no line in 1/N. Subsets are random, as in the paper. Raises MetricError below
+    `least_for_a_limit` images.
     """
-    n = len(features)
-    smallest = min(smallest, n // 10)
-    if n < LEAST_FOR_A_LIMIT:
-        raise MetricError(f"a limit in N needs at least {LEAST_FOR_A_LIMIT} images, and there are {n}")
+    n, d = features.shape
+    if n < (least := least_for_a_limit(d)):
+        raise MetricError(f"a limit in N of {d} features needs at least {least} images, and there are {n}")
+    smallest = max(min(smallest, n // 10), SMALLEST_SUBSET * d)
     draw = np.random.default_rng(seed)
     sizes = np.linspace(smallest, n, points).astype(int)
     subsets = (torch.from_numpy(draw.permutation(n)[:size]) for size in sizes)
     distances = [frechet_distance(_moments(features, subset), reference) for subset in subsets]
     _, intercept = np.polyfit(1 / sizes, distances, 1)
     return float(intercept)
+
+
+def least_for_a_limit(features: int) -> int:
+    """Images, of which the smallest subset may be half: 8,192 of Inception's 2,048 features."""
+    return max(LEAST_FOR_A_LIMIT, 2 * SMALLEST_SUBSET * features)
 
 
 def _moments(features: Tensor, rows: Tensor) -> Moments:

@@ -16,7 +16,7 @@ from evodiff.locks import locked
 from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.metrics.features import Features
 from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import LEAST, Scorer, files_used, reference_path
+from evodiff.metrics.score import Scorer, files_used, reference_path
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.loaded import loaded
 from evodiff.runs.record import Record, versions
@@ -37,13 +37,8 @@ def check_scorable(job: Job) -> None:
                 f"seeds={seed} is one image, of seed {seed}, and {job.protocol.metric} needs at least 2: give a range, "
                 f"like seeds=0-{max(seed, 1)}, or use `evodiff sample`."
             )
-        for name in job.scored:
-            if (n := len(job.run.seed_range)) < (least := LEAST.get(name, 2)):
-                raise ConfigError(
-                    f"metrics={name} needs at least {least} images, and these are {n}: seeds={job.run.seeds[0]}-"
-                    f"{job.run.seeds[1]}. Ask for more, or leave {name} out."
-                )
         scorer = Scorer(job.protocol, job.device, job.scored)
+        scorer.check_count(len(job.run.seed_range))
         if store_of(job).missing():
             with loaded(job.run, job.device) as model:
                 if model.decode is None:
