@@ -12,7 +12,6 @@ from evodiff.pictures import mosaic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  the backend comes first
-from matplotlib.patheffects import withStroke  # noqa: E402
 
 COLOURS = (
     "#0072B2",
@@ -118,11 +117,7 @@ def save_curves(
     for label, value in (lines or {}).items():
         if positive and value <= 0:
             continue
-        axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--")
-        # at the left, where curves are still far above the levels
-        note = axis.annotate(f"{label}: {value:.3g}", (0, value), xycoords=("axes fraction", "data"), xytext=(4, 3),
-                             textcoords="offset points", ha="left", fontsize=8, color="#555555", zorder=4)  # fmt: skip
-        note.set_path_effects([withStroke(linewidth=3, foreground="white")])
+        axis.axhline(value, color="#555555", lw=1, ls=":" if "floor" in label else "--", label=f"{label}: {value:.3g}")
     nfes = nfes_of(curves)
     wide = bool(nfes) and nfes[-1] > 8 * nfes[0]
     scales = {"yscale": "log" if positive else "linear", "xscale": "log" if wide else "linear"}

@@ -88,11 +88,12 @@ def runs_of(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def between_over_within(numbers: Numbers) -> float:
-    """Root mean square over all cells: the standard deviation between sets of seeds by the one found within them."""
+def between_over_within(numbers: Numbers) -> tuple[float, int]:
+    """The standard deviation between sets of seeds by the one found within them, root mean square, and of how many
+    cells."""
     cells = numbers.verdicts["fd"].values()
     ratios = [v.sd / v.standard_error for v in cells if v.sd is not None and v.standard_error]
-    return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios))
+    return math.sqrt(sum(ratio**2 for ratio in ratios) / len(ratios)), len(ratios)
 
 
 def first_places(numbers: Numbers) -> dict[int, set[str]]:

@@ -146,7 +146,7 @@ def _tables() -> Iterator[Finding]:
             continue
         lacking = [find(entry) for entry in entries if not find(entry).path.is_file()]
         todo = _todo(lacking, [path for path in (*made, *by_hand) if not path.exists()])
-        here = f"its files are here: `make table-{name}`; `evodiff status {name}` tells what it computes besides"
+        here = f"its files are here: `make table-{name}`; `evodiff status {name}` tells what it takes"
         yield Finding("note" if todo else "ok", f"table {name}", todo or here)
 
 
