@@ -1,7 +1,6 @@
 import json
 import pickle
 import zipfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -234,17 +233,14 @@ def test_images_of_another_size_than_the_data_set_s_are_refused(tmp_path):
     """Published statistics do not say of what size their images were, the name of the data set does; of moments too."""
     shipped, digits = Reference.load(SHIPPED).gaussian, mnist_digits()[0][:10]
     np.savez(tmp_path / "published.npz", mu=shipped.mean.numpy(), sigma=shipped.cov.numpy())
-    faces = protocol("mnist", dataset="ffhq64", reference=str(tmp_path / "published.npz"), reference_sha256=None)
-    with pytest.raises(MetricError, match=r"the images are 32x32, but .*published.npz was made of 64x64 ones \(ffhq64"):
-        scoring.score([digits], faces)
-    same_size = replace(faces, dataset="cifar10")
-    scorer = scoring.Scorer(same_size)
-    scorer.add(digits)
-    scorer.moments.save(tmp_path / "moments.npz")
-    moments = Moments.load(tmp_path / "moments.npz")
-    assert scoring.score_moments([moments], same_size) == pytest.approx(scoring.score([digits], same_size))
-    with pytest.raises(MetricError, match="the images are 32x32"):
-        scoring.score_moments([moments], faces)
+    np.savez(tmp_path / "digits.npz", arr_0=digits.permute(0, 2, 3, 1).numpy())
+    own = [f"protocol.reference={tmp_path / 'published.npz'}", "protocol.reference_sha256=null", "device=cpu"]
+    moments = f"path={tmp_path / 'moments.npz'}"
+    for path in (f"path={tmp_path / 'digits.npz'}", moments):
+        same = [path, "protocol=mnist", "protocol.dataset=cifar10", *own]
+        assert score_path_main([*same, *([] if path == moments else [moments.replace("path", "moments", 1)])]) == 0
+        with pytest.raises(MetricError, match="the images are 32x32, but those of ffhq64 are 64x64"):
+            score_path_main([path, "protocol=mnist", "protocol.dataset=ffhq64", *own])
 
 
 def test_statistics_do_not_take_the_place_of_others(tmp_path, monkeypatch):

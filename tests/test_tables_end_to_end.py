@@ -147,9 +147,8 @@ def test_a_table_from_fetch_to_report(name, mirror, results, capsys):
     record = next(iter(table.records.values()))
     assert record.images == 64 and record.nfe == 10 and len(record.weights) == len(made) - 2
     page = (table.folder / "report.html").read_text()
-    assert (
-        f'<span class="chip proxy" title="on fewer images than the paper&#x27;s, not comparable">{len(scored)}' in page
-    )
+    told = "on fewer images than the whole table&#x27;s or the paper&#x27;s, not comparable"
+    assert f'<span class="chip proxy" title="{told}">{len(scored)}' in page
     assert "evodiff run model=" in page and "data:image/png;base64," in page
     assert (table.folder / "trajectories.png").exists()
     before = {p: p.stat().st_mtime_ns for p in results.rglob("score.json")}

@@ -13,10 +13,10 @@ from torch import Tensor
 from yaml import YAMLError
 
 from evodiff.device import device_for
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
 from evodiff.metrics.build import build_reference
-from evodiff.metrics.datasets import DATASETS, dataset_batches
+from evodiff.metrics.datasets import DATASETS, SIDES, dataset_batches
 from evodiff.metrics.features import extractor
 from evodiff.metrics.frechet import Gaussian, frechet_distance
 from evodiff.metrics.images import count_images, lossy, read_images
@@ -64,6 +64,7 @@ def score_path_main(argv: list[str]) -> int:
         if asked != ["fid"]:
             raise ConfigError(f"metrics={','.join(asked)}: moments give fid alone. Score the images themselves.")
         moments = sum_of(map(Moments.load, paths))
+        _check_side(moments, chosen)
         metrics = score_moments([moments], chosen)
         about["files"] = {"reference": sha256(reference_path(chosen))}
         if kept is not None:
@@ -77,6 +78,7 @@ def score_path_main(argv: list[str]) -> int:
             scorer.check_count(n)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
             scorer.add(images)
+            _check_side(scorer.moments, chosen)
         if kept is not None:
             scorer.moments.save(kept)
         metrics = scorer.result()
@@ -89,6 +91,17 @@ def score_path_main(argv: list[str]) -> int:
     told = "; some images come from lossy files" * bool(about.get("lossy"))
     print(f"protocol {chosen.name} {chosen.hash}, beside {chosen.dataset} ({chosen.reference}){told}")
     return 0
+
+
+def _check_side(moments: Moments, protocol: Protocol) -> None:
+    """Raise MetricError for images from anywhere that are not of the size of the protocol's data set, which published
+    statistics do not say. Those of a run are what its network gives."""
+    size, side = moments.image_size, SIDES.get(protocol.dataset)
+    if size and side and size != [side, side]:
+        raise MetricError(
+            f"the images are {size[0]}x{size[1]}, but those of {protocol.dataset} are {side}x{side}: choose another "
+            f"protocol.dataset, or score images of that size"
+        )
 
 
 def _options(argv: list[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evodiff.errors import ConfigError, MetricError
 from evodiff.files import sha256
-from evodiff.metrics.datasets import DATASETS, SIDES
+from evodiff.metrics.datasets import DATASETS
 from evodiff.metrics.features import Extractor, Features, extractor
 from evodiff.metrics.frechet import frechet_distance
 from evodiff.metrics.inception_score import PARTS, inception_score
@@ -87,8 +87,7 @@ def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, flo
 
 def check_size(size: Sequence[int] | None, protocol: Protocol, reference: Reference) -> None:
     """Raise MetricError for images [width, height] of another size than the reference's, where both are known."""
-    side = SIDES.get(protocol.dataset)
-    expected = reference.provenance.get("image_size") or (side and [side, side])
+    expected = reference.provenance.get("image_size")
     if size and expected and [*size] != [*expected]:
         raise MetricError(
             f"the images are {size[0]}x{size[1]}, but {protocol.reference} was made of {expected[0]}x{expected[1]} "
