@@ -135,7 +135,7 @@ def save_curves(
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(fontsize=8 if many else 9, frameon=False, **(BESIDE if many else {}))
+    axis.legend(fontsize=8 if many else 9, edgecolor="none", **(BESIDE if many else {}))  # white behind it, not lines
     figure.tight_layout()
     for path in paths:
         _save(figure, path, close=False)

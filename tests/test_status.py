@@ -53,7 +53,7 @@ def test_status_counts_what_is_done_and_what_is_left(capsys):
     assert next(lines_of(t)) == "smoke: 4 cells (1 missing, 3 done), 3 of 4 runs done"
     evaluations, hours = left(t)
     assert evaluations == "8e-05 million evaluations to do"
-    assert re.fullmatch(r"\S+ hours on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
+    assert re.fullmatch(r"\S+ minutes on cpu .* \(mixture: [\d.]+/s, its own runs\)", hours)
 
 
 def test_records_without_images_are_told_as_such(results):
@@ -96,8 +96,8 @@ def test_hours_come_from_a_recorded_throughput(measured):
     measured({"a CPU": {"mixture": 1.0}, "a GPU": {"mixture": 2.0}})
     assert list(left(small(DDIM=["solver=ddim"]))) == [
         "0.00144 million evaluations to do",
-        f"{16 * 90 / 2 / 3600:#.3g} hours on a GPU (mixture: 2.00/s, measured)",
-        f"{16 * 90 / 3600:#.3g} hours on a CPU (mixture: 1.00/s, measured)",
+        f"{16 * 90 / 2 / 60:#.3g} minutes on a GPU (mixture: 2.00/s, measured)",
+        f"{16 * 90 / 60:#.3g} minutes on a CPU (mixture: 1.00/s, measured)",
     ]
 
 

@@ -3,6 +3,7 @@
 import math
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -219,8 +220,9 @@ class Embedded(nn.Module):
         return 0.5 * x + self.of(y).view(-1, 1, 1, 1)
 
 
-def test_the_unconditional_branch_may_have_a_label():
-    model = evodiff.wrap(Embedded(), num_classes=4, null_label=4, **OWN)
+@pytest.mark.parametrize("whole", [int, np.int64])
+def test_the_unconditional_branch_may_have_a_label(whole):
+    model = evodiff.wrap(Embedded(), num_classes=whole(4), null_label=whole(4), **OWN)
     x, node = torch.zeros(2, 3, 8, 8), OWN["schedule"].node(0.5)
     ratio = -node.sigma / node.alpha
     assert torch.allclose(model.denoiser(None)(x, node), torch.tensor(4 * ratio))

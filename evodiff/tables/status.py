@@ -127,7 +127,8 @@ def cost(table: Table, runs: Iterable[Run]) -> Iterator[str]:
         if used.keys() == todo.keys():
             how = "; ".join(f"{model}: {show(rate.value)}/s, {rate.how}" for model, rate in used.items())
             hours = sum(todo[model] / rate.value for model, rate in used.items()) / 3600
-            estimates.append((hours, f"{show(hours)} hours on {device} ({how})"))
+            told = f"{show(hours)} hours" if hours >= 1 else f"{show(60 * hours)} minutes"
+            estimates.append((hours, f"{told} on {device} ({how})"))
     yield from (line for _, line in sorted(estimates))
     if not estimates:
         yield f"hours unknown: no throughput of {', '.join(todo)} is recorded, nor of a network like it"
