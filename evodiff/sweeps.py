@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
     else of one run, as metrics=[fid],[contrast] does, follow each other. A job that fails, aborts or is killed does not
     end the others.
     """
-    rounds: list[list[list[str]]] = []
+    rounds = defaultdict[int, list[list[str]]](list)
     failures = []
     seen: set[tuple[str, ...]] = set()
     of_run: Counter[str] = Counter()
@@ -134,10 +134,9 @@ def launch(action: Action, jobs: Sequence[list[str]], launcher: Any) -> int:
         if outcome is not None:
             tell(overrides, outcome)
             continue
-        rounds += [[]] * (of_run[made[0]] == len(rounds))
         rounds[of_run[made[0]]].append(overrides)
         of_run[made[0]] += 1
-    for todo in rounds:
+    for todo in rounds.values():
         for i, outcome in launcher.launch(partial(work, action.do), todo):
             if isinstance(outcome, Died):
                 outcome = Outcome(f"{outcome.reason}; the same command runs it again", failed=True)

@@ -79,6 +79,19 @@ def test_what_a_table_samples_is_told_before(results):
         "smoke: 1 run to sample; of 1 the records are here: `evodiff report smoke` shows them without sampling"
     )
     assert evaluations == "9.6e-05 million evaluations to do"
+    (t.jobs["DDIM", 5, 0].run.folder / "manifest.json").write_text("{")  # told by its own cell, which does not end t
+    assert next(iter(plan(t))).startswith("smoke: 2 runs to sample; of 2 the records are here")
+
+
+def test_a_record_beside_one_of_another_protocol_is_found():
+    t = small(DDIM=["solver=ddim"])
+    t.make()
+    path = t.jobs["DDIM", 5, 0].run.folder / "score.json"
+    other = json.dumps(json.loads(path.read_text()) | {"protocol": {"hash": "another"}})
+    path.rename(path.with_name("score-none.json"))
+    path.write_text(other)
+    shutil.rmtree(t.folder / "records")
+    assert ("DDIM", 5, 0) in t.records
 
 
 def test_a_cell_that_lacks_a_metric_is_not_done():

@@ -95,15 +95,20 @@ def _scored(job: Job) -> Record:
         asked=list(dict.fromkeys([*asked, *job.metrics])),
         files=files,
     )
-    record.write(score_file(job))
+    record.write(_score_file(job))
     return record
 
 
-def score_file(job: Job) -> Path:
-    """score.json in the run's folder, or score-<hash>.json beside the one that is of another protocol."""
-    path = job.run.folder / "score.json"
-    own = job.protocol.hash if job.protocol else None
-    return path if _protocol_of(path) in (own, UNKNOWN) else path.with_stem(f"score-{own or 'none'}")
+def score_files(job: Job) -> tuple[Path, Path]:
+    """Where a run's record of the job's protocol may be: score.json, or beside one of another, score-<hash>.json."""
+    own = job.protocol.hash if job.protocol else "none"
+    return job.run.folder / "score.json", job.run.folder / f"score-{own}.json"
+
+
+def _score_file(job: Job) -> Path:
+    """The one of them that is this protocol's."""
+    first, own = score_files(job)
+    return first if _protocol_of(first) in (job.protocol.hash if job.protocol else None, UNKNOWN) else own
 
 
 def _protocol_of(path: Path) -> str | None:
@@ -125,7 +130,7 @@ def current_record(job: Job) -> Record | None:
 def scored_before(job: Job) -> Record | None:
     """The record of a run by the job's protocol, if it is of the images that are there."""
     store = store_of(job)
-    path = score_file(job)
+    path = _score_file(job)
     if not path.exists() or store.missing():
         return None
     try:

@@ -101,8 +101,9 @@ def missing_files(table: Table) -> Iterator[str]:
 
 def plan(table: Table) -> Iterator[str]:
     """What `evodiff table` says before it begins: what it samples, and how long that takes."""
-    cells = [*table.todo.values()]
-    absent = [job for job in [*table.references_of(cells), *cells] if not has_images(job)]
+    cells = [job for job in table.todo.values() if not has_images(job)]
+    references = {job.reference.run.key(): job.reference for job in cells if job.reference is not None}
+    absent = [*(job for job in references.values() if not has_images(job)), *cells]
     if not absent:
         return
     recorded = sum(table.record_of(job) is not None for job in absent)

@@ -21,7 +21,7 @@ from evodiff.plots import Curve
 from evodiff.runs.job import Job
 from evodiff.runs.record import Record
 from evodiff.runs.sample import sample_run
-from evodiff.runs.score import check_scorable, current_record, score_file, score_run
+from evodiff.runs.score import check_scorable, current_record, score_files, score_run
 from evodiff.tables import inputs, pages, text, trajectory
 from evodiff.tables.cells import Cell, Row, with_seeds
 from evodiff.tables.content import PAPER_METRICS, checked, chosen
@@ -176,7 +176,7 @@ class Table:
         """
         cells = [(f"{row}, NFE {nfe}", job) for (row, nfe, _), job in self.todo.items()]
         cells = [(label, job) for label, job in cells if failures.attempt(label, check_scorable, job)]
-        for reference in self.references_of([job for _, job in cells]):
+        for reference in self._references_of([job for _, job in cells]):
             failures.attempt("reference run", _sample_and_score, reference)
         for label, job in cells:
             failures.attempt(label, _sample_and_score, job)
@@ -189,11 +189,11 @@ class Table:
     def unfinished(self) -> bool:
         """Whether `make_runs` has something to do when the cells are done: reference runs without a score, or
         trajectories."""
-        return bool(self.references_of([*self.todo.values()])) or any(
+        return bool(self._references_of([*self.todo.values()])) or any(
             map(trajectory.is_missing, trajectory.shown(self).values())
         )
 
-    def references_of(self, jobs: Sequence[Job]) -> list[Job]:
+    def _references_of(self, jobs: Sequence[Job]) -> list[Job]:
         """The converged runs that jobs without a current record are compared with, and those without a record."""
         pairs = [(job, reference) for job in jobs if (reference := job.reference) is not None]
         return list(
@@ -255,7 +255,7 @@ class Table:
         reference = job.reference_run.key() if job.reference_run else None
         name = f"{job.run.key()}.json"
         copies = [folder / "records" / name for folder in (self.folder, self.folder.with_name(self.config))]
-        for path in filter(Path.exists, (score_file(job), *copies)):
+        for path in filter(Path.exists, (*score_files(job), *copies)):
             record = _read_record(path, path.stat().st_mtime_ns)
             if (
                 record is not None
