@@ -14,6 +14,7 @@ from evodiff.config import LARGEST_SEED, build, choices, nearest
 from evodiff.denoiser import Denoiser, threshold_of
 from evodiff.device import device_for
 from evodiff.errors import ConfigError
+from evodiff.fields import shown
 from evodiff.grid import Listed, Spacing, grid_for
 from evodiff.guidance import Unguided
 from evodiff.models.pretrained import Pretrained
@@ -25,7 +26,6 @@ from evodiff.precision import computing
 from evodiff.runs.run import DTYPES
 from evodiff.sampling import Generated, generate
 from evodiff.solvers.base import Solver
-from evodiff.solvers.fields import shown
 
 UNGUIDED = Unguided()
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))

@@ -22,7 +22,7 @@ from evodiff.files import whole_file
 from evodiff.guidance import ClassifierFree
 from evodiff.models.pretrained import Pretrained
 from evodiff.noise import SeededNoise
-from evodiff.paths import ROOT
+from evodiff.paths import CONFIGS, ROOT
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM
 from evodiff.solvers.base import Solver
@@ -87,7 +87,8 @@ where it no longer agrees with them.
   off, and so is EVODiff's final rule; `dpm_v3` has no statistics. A number in between means that the error still passes
   from one power to the other. `(weak)`: of the law of the samples. `-`: none, for the error follows a tolerance, or a
   bias stays.
-- *NFE per step*: counted, not declared. `1 (+9)` means one for each step and nine more in all; `1 (-4)` four fewer.
+- *NFE per step*: counted, but for `probability_flow`, which chooses its steps. `1 (+9)` means one for each step and
+  nine more in all; `1 (-4)` four fewer.
 - *noise*: the solver draws random numbers on its way, so two runs from one start differ unless the seed is the same.
 - *guided*: runs with classifier-free guidance, at the same NFE.
 - *proved against*: recorded runs of the released code (`evodiff verify solvers`), recorded runs of the library
@@ -168,7 +169,7 @@ def facts(name: str) -> Facts:
         )
     return Facts(
         name,
-        paper(solver),
+        paper(name, solver),
         "by tolerance" if solver.adaptive else f"{solver.global_order:g}" + " (weak)" * solver.stochastic,
         nfe_per_step(solver),
         "yes" if solver.stochastic else "no",
@@ -177,10 +178,11 @@ def facts(name: str) -> Facts:
     )
 
 
-def paper(solver: Solver) -> str:
-    """The first arXiv number in the docstring of the class, or else in that of its module."""
+def paper(name: str, solver: Solver) -> str:
+    """The first arXiv number in the comments of the configuration, or else in the docstring of class or module."""
     module = importlib.import_module(type(solver).__module__)
-    for text in (inspect.getdoc(type(solver)), module.__doc__):
+    configuration = (CONFIGS / "solver" / f"{name}.yaml").read_text(encoding="utf-8")
+    for text in (configuration, inspect.getdoc(type(solver)), module.__doc__):
         if found := re.search(r"arXiv (\d{4}\.\d{5})", text or ""):
             return found[1]
     raise ConfigError(
@@ -213,7 +215,8 @@ def nfe_per_step(solver: Solver) -> str:
 
 
 def guided(solver: Solver) -> bool:
-    return solver.adaptive or evaluations(solver, STEPS, guidance=True) == evaluations(solver, STEPS)
+    counted = evaluations(solver, STEPS, guidance=True)
+    return solver.adaptive or counted == evaluations(solver, STEPS)
 
 
 def measured_order(solver: Solver) -> str:

@@ -300,6 +300,10 @@ def grid_for(
     return TimeGrid.at(solver.times(Exact(spacing, solver.adaptive), steps, schedule, t_start, t_end), schedule)
 
 
+MOST_STEPS = 100_000
+"""More than any budget has; a solver whose cost does not grow would be asked for ever."""
+
+
 def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:
     """How many steps of `solver`, and a final denoising call if asked for, spend exactly `nfe` evaluations."""
     name = type(solver).__name__
@@ -313,6 +317,10 @@ def steps_for(nfe: int | None, solver: "Solver", denoise_final: bool) -> int:
         raise BudgetError(f"{name} needs a budget: nfe=null is for adaptive solvers. Set nfe to a number above 0.")
     costs: list[int] = []
     while not costs or costs[-1] < nfe:
+        if len(costs) == MOST_STEPS:
+            raise BudgetError(
+                f"{name} costs {costs[-1]} evaluations in {MOST_STEPS:,} steps: nfe={nfe} is out of reach."
+            )
         costs.append(solver.evaluations(len(costs) + 1) + denoise_final)
     if costs[-1] != nfe:
         nearest = " or ".join(str(c) for c in costs[-2:])

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
+from evodiff.fields import check_number
 from evodiff.models.pretrained import Classifier as LogProbability
 from evodiff.models.pretrained import Pretrained
 from evodiff.schedule import Node
-from evodiff.solvers.fields import check_number
 
 
 @dataclass(frozen=True)

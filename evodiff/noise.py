@@ -44,6 +44,8 @@ class SeededNoise:
 
     def __init__(self, seeds: Sequence[int]):
         self.seeds = tuple(seeds)
+        if not self.seeds:
+            raise ConfigError("there are no seeds, so no images to make; give one for each, like range(16).")
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         self._start: Tensor | None = None
         self._fresh: Iterator[Tensor] | None = None

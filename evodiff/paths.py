@@ -18,7 +18,8 @@ def results_folder() -> Path:
 
 def resolve(path: str | Path) -> Path:
     """A file or folder that a configuration names: as it is from here if it exists, else from the project's root."""
-    return Path(path) if Path(path).exists() else ROOT / path
+    path = Path(path).expanduser()
+    return path if path.exists() else ROOT / path
 
 
 def check_checkout() -> None:

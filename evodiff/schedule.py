@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from evodiff.errors import ConfigError
+from evodiff.fields import check_number
 
 
 class Node(NamedTuple):
@@ -40,12 +41,21 @@ class NoiseSchedule(Protocol):
     def t_at(self, lam: float) -> float: ...
 
 
+def check_times(schedule: NoiseSchedule) -> None:
+    """Raises ConfigError unless t_start > t_end > 0."""
+    check_number(schedule, "t_end", lambda t: t > 0, "a number above 0; for a last step to 0 set denoise_final=true")
+    check_number(schedule, "t_start", lambda t: t > schedule.t_end, f"a number above t_end, {schedule.t_end:g}")
+
+
 @dataclass(frozen=True)
 class EDM:
     """alpha = 1, sigma = t (Karras et al., arXiv 2206.00364)."""
 
     t_start: float = 80.0
     t_end: float = 0.002
+
+    def __post_init__(self) -> None:
+        check_times(self)
 
     def node(self, t: float) -> Node:
         return Node(t, 1.0, t)
@@ -63,6 +73,10 @@ class Flow:
 
     t_start: float = 0.999
     t_end: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_times(self)
+        check_number(self, "t_start", lambda t: t < 1, "below 1, where there is no signal")
 
     def node(self, t: float) -> Node:
         if not 0 < t < 1:
@@ -111,6 +125,16 @@ class LinearVP(VariancePreserving):
     t_start: float = 1.0
     t_end: float = 1e-3
 
+    def __post_init__(self) -> None:
+        check_times(self)
+        check_number(self, "t_start", lambda t: t <= 1, "1 or below")
+        check_number(self, "beta_min", lambda _: True, "a number")
+        rate = "a number that leaves beta(t) above 0 from t_end to t_start"
+        check_number(self, "beta_max", lambda _: min(map(self._beta, (self.t_end, self.t_start))) > 0, rate)
+
+    def _beta(self, t: float) -> float:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
     def log_alpha(self, t: float) -> float:
         return -0.25 * t**2 * (self.beta_max - self.beta_min) - 0.5 * t * self.beta_min
 
@@ -133,6 +157,11 @@ class CosineVP(VariancePreserving):
     s: float = 0.008
     t_start: float = 0.9946
     t_end: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_times(self)
+        check_number(self, "t_start", lambda t: t < 1, "below 1, where there is no signal")
+        check_number(self, "s", lambda s: s >= 0, "0 or above")
 
     def log_alpha(self, t: float) -> float:
         return math.log(math.cos((t + self.s) / (1 + self.s) * math.pi / 2)) - self._log_alpha_0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ from evodiff.background import one_ahead
 from evodiff.errors import StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.locks import locked
+
+READING = Lock()
+"""One file at a time: NumPy parses headers as Python literals, and CPython counts the depth of that for all threads
+together, so that two at once now and then end in a SystemError (its issue 106905)."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class SampleStore:
         self.check_complete()
 
         def read(shard: Shard) -> tuple[Shard, dict[str, np.ndarray]]:
-            with np.load(self.folder / shard.file) as arrays:
+            with READING, np.load(self.folder / shard.file) as arrays:
                 return shard, {name: arrays[name] for name in wanted(shard)}
 
         yield from one_ahead(read, self.shards)

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def trace(
 
     Raises ConfigError for one that asks at several times in one evaluation: a row has one.
     """
-    probe = Probe(denoiser, SeededNoise([2**40 + seed for seed in noise.seeds]), probes)
+    probe = Probe(denoiser, SeededNoise([probe_seed(seed) for seed in noise.seeds]), probes)
     end = integrate(solver, probe, x, grid, noise)
     if len(probe.calls) != (nfe := solver.evaluations(len(grid))) and not solver.adaptive:
         raise ConfigError(
@@ -120,6 +121,12 @@ def trace(
             )
         )
     return rows
+
+
+def probe_seed(seed: int) -> int:
+    """Of a stream apart from the sample's own, from which a stochastic solver draws."""
+    probe_stream = 2
+    return int(np.random.SeedSequence([seed, probe_stream]).generate_state(1)[0])
 
 
 def next_variance(variance: Tensor, s: Node, t: Node) -> Tensor:

@@ -163,10 +163,11 @@ def test_torchs_own_random_numbers_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("model", ["mixture", "mixture_digits", "mnist_tiny"])
-def test_torchs_defaults_change_no_image(model):
+def test_torchs_defaults_change_no_image(model, dtype):
     expected = evodiff.sample(model, "ddim", 2, range(2))
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         found = evodiff.sample(model, "ddim", 2, range(2))
         with torch.device("meta"):

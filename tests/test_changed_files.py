@@ -72,6 +72,18 @@ def test_other_statistics_of_the_model_are_noticed(evodiff_command, tmp_path):
     assert code == 1 and "ems/l.npz" in err and "sb.npz" not in err
 
 
+def test_files_deep_in_a_solver_are_noticed(evodiff_command, tmp_path):
+    """Like the Gaussian of teleport, or the statistics of its base."""
+    file = tmp_path / "gaussian.npz"
+    guess = f"solver.gaussian={{_target_: evodiff.gaussian.load, path: {file}}}"
+    arguments = [*RUN, "model=mixture", "protocol=none", "solver=teleport", guess, "nfe=2"]
+    for mean in (0.0, 0.5):
+        np.savez(file, mean=np.full((3, 8, 8), mean), cov=0.25 * np.eye(192))
+        code, _, err = evodiff_command(*arguments)
+        assert code == (1 if mean else 0), err
+    assert "gaussian.npz" in err and "Remove the folder to sample anew" in err
+
+
 class Network(nn.Conv2d):
     def __init__(self):
         super().__init__(1, 1, 1)

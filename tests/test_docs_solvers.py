@@ -66,7 +66,7 @@ def test_a_solver_without_a_paper_is_refused(monkeypatch):
 
     monkeypatch.setattr(importlib.import_module(Nameless.__module__), "__doc__", "None here.")
     with pytest.raises(ConfigError, match="Nameless names no paper"):
-        docs_solvers.paper(Nameless())
+        docs_solvers.paper("ddim", Nameless())
 
 
 def test_a_solver_that_is_proved_against_nothing_is_refused(monkeypatch):

@@ -118,6 +118,20 @@ def test_coefficients_are_computed_once():
     assert torch.equal(x, again)
 
 
+def test_coefficients_of_many_steps_are_computed_once_too():
+    g, solver = grid(300), DPMSolverV3(statistics=of_gaussian())
+    for _ in range(2):
+        integrate(solver, gaussian(), start(), g)
+    assert solver.weights.cache_info().hits >= solver.weights.cache_info().misses
+
+
+def test_integrals_end_where_they_are_asked_to():
+    """In double precision, for the next step begins there."""
+    low, high = math.log(1 / 7), math.log(5)
+    lam, *_ = of_gaussian().along(low, high)
+    assert (lam[0].item(), lam[-1].item()) == (low, high)
+
+
 def test_statistics_go_with_their_solver():
     """They can be gigabytes, and every cell of a table has a solver of its own."""
     solver = DPMSolverV3(statistics=of_gaussian())

@@ -1,5 +1,7 @@
 """Momentum: without it the methods are their bases; with it, orders and weights as the paper says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from exact import SHORT_EDM, VP, grid, mixture, order, start
@@ -7,12 +9,16 @@ from exact import SHORT_EDM, VP, grid, mixture, order, start
 from evodiff.errors import ConfigError
 from evodiff.sampling import integrate
 from evodiff.solvers.ddim import DDIM
+from evodiff.solvers.dpm_solver_v3 import DPMSolverV3, Statistics
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.evodiff import EVODiff
 from evodiff.solvers.evodiff_paper import EVODiffPaper
 from evodiff.solvers.ghvb import GHVB, HeavyBall, ghvb_weights
 from evodiff.solvers.ipndm import IPNDM
+from evodiff.solvers.scire import SciRESinglestep
+from evodiff.solvers.score_sde import PredictorCorrector
 from evodiff.solvers.sde_dpmpp import SDEDPMSolverPP
+from evodiff.solvers.teleport import Teleport
 from evodiff.solvers.unipc import UniPC
 
 
@@ -78,3 +84,20 @@ def test_order(schedule):
 def test_impossible_fields_are_refused(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize("wrap", [HeavyBall, Teleport, PredictorCorrector])
+def test_what_a_method_is_made_of_is_warned_of_and_checked(wrap):
+    """DPM-Solver-v3 without statistics is not that of its paper, and with those of other images it cannot run."""
+    with_nothing = DPMSolverV3(use_corrector=False)
+    assert "solver.statistics=null" in wrap(with_nothing).caveat
+    small = Statistics(torch.tensor([-9.0, 9.0]).double(), *torch.zeros(3, 2, 1, 2, 2).double())
+    with pytest.raises(ConfigError, match=r"statistics are of images \(1, 2, 2\), but the model's are \(1, 3, 3\)"):
+        wrap(replace(with_nothing, statistics=small)).check(grid(5), (1, 3, 3))
+
+
+def test_a_predictor_of_several_evaluations_has_the_budget_that_its_corrector_leaves():
+    """Two steps of order 3 and one of 1 spend 7, and one Langevin step before each 3 more."""
+    for nfe, orders in ((7, (3, 2)), (10, (3, 3, 1)), (13, (3, 3, 2, 1))):
+        solver = PredictorCorrector(SciRESinglestep(order=3)).for_budget(nfe)
+        assert solver.predictor.orders == orders and solver.evaluations(len(orders)) == nfe

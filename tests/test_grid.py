@@ -165,3 +165,12 @@ def test_a_bad_grid_file_is_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         grid_for(2, DDIM(), FromFile(str(path)), EDM())
+
+
+def test_a_solver_whose_cost_does_not_grow_is_not_asked_for_ever():
+    class Free(DDIM):
+        def evaluations(self, steps):
+            return 2
+
+    with pytest.raises(BudgetError, match="Free costs 2 evaluations in 100,000 steps: nfe=4 is out of reach"):
+        grid_for(4, Free(), LogSNR(), EDM())

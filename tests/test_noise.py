@@ -103,3 +103,8 @@ def test_legacy_draws_nothing_twice_in_rising_order(monkeypatch):
     for first in range(0, 40, 4):
         LegacyNoise(range(first, first + 4), seed=99, batch=8).latents(SHAPE)
     assert len(drawn) == 5
+
+
+def test_no_seeds_are_refused():
+    with pytest.raises(ConfigError, match="there are no seeds"):
+        SeededNoise([])

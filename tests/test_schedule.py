@@ -93,5 +93,24 @@ def test_edm_kappa_is_time():
 
 def test_a_time_without_signal_is_refused():
     with pytest.raises(ConfigError, match="at t=1 this schedule has no signal: set t_start a little below"):
-        CosineVP(t_start=1.0).node(1.0)
+        CosineVP().node(1.0)
     assert CosineVP().node(0.9999).alpha > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EDM(t_start="high"), "EDM: t_start='high' is impossible; possible: a number above t_end, 0.002"),
+        (lambda: EDM(80.0, 0.0), "EDM: t_end=0.0 is impossible; possible: a number above 0; .* denoise_final=true"),
+        (lambda: EDM(0.001), "EDM: t_start=0.001 is impossible"),
+        (lambda: Flow(t_start=1.0), "Flow: t_start=1.0 is impossible; possible: below 1"),
+        (lambda: LinearVP(beta_max="abc"), "LinearVP: beta_max='abc' is impossible"),
+        (lambda: LinearVP(0.0, 0.0), r"LinearVP: beta_max=0.0 is impossible; possible: .* beta\(t\) above 0"),
+        (lambda: LinearVP(beta_max=-20), "LinearVP: beta_max=-20 is impossible"),
+        (lambda: LinearVP(t_start=1.5), "LinearVP: t_start=1.5 is impossible; possible: 1 or below"),
+        (lambda: CosineVP(s=-1), "CosineVP: s=-1 is impossible; possible: 0 or above"),
+    ],
+)
+def test_schedules_that_do_not_exist_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

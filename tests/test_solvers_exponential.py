@@ -11,7 +11,7 @@ from evodiff.errors import ConfigError
 from evodiff.grid import Karras, LogSNR, TimeGrid
 from evodiff.models.analytic import GaussianMixture
 from evodiff.sampling import integrate
-from evodiff.schedule import EDM, DiscreteVP, LinearVP
+from evodiff.schedule import EDM, CosineVP, DiscreteVP, LinearVP, Node
 from evodiff.solvers import deis
 from evodiff.solvers.base import Past
 from evodiff.solvers.ddim import DDIM
@@ -19,6 +19,7 @@ from evodiff.solvers.deis import DEIS
 from evodiff.solvers.dpm import DPMSolver
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.exponential import DATA, NOISE, PREDICTIONS, h_phi, lagrange_integrals
+from evodiff.solvers.ghvb import HeavyBall
 from evodiff.solvers.heun import Heun
 from evodiff.solvers.ipndm import ADAMS_BASHFORTH, IPNDM
 from evodiff.solvers.pndm import PLMS, PNDM
@@ -38,6 +39,10 @@ def mixture(schedule):
     means = 2 * torch.rand(3, 1, 2, 2, generator=random, dtype=torch.float64) - 1
     stds = torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64)
     return GaussianMixture(means, stds, torch.full_like(stds, 1 / 3), schedule)
+
+
+def even(steps, schedule):
+    return TimeGrid.at(LogSNR().times(steps, schedule, schedule.t_start, schedule.t_end), schedule)
 
 
 def run(solver, grid):
@@ -279,3 +284,34 @@ def test_the_released_quadrature_is_refused_where_it_has_no_formula():
     grid = TimeGrid.at([1.0, 0.5, 0.1], DiscreteVP.linear())
     with pytest.raises(ConfigError, match="quadrature=100 .*DiscreteVP"):
         run(DEIS(order=2, quadrature=100), grid)
+
+
+@pytest.mark.parametrize(
+    "solver", [DEIS(quadrature=100), UniC(base=DEIS(quadrature=100)), HeavyBall(DEIS(quadrature=100))]
+)
+def test_a_quadrature_that_cannot_be_replayed_is_refused_before_any_evaluation(solver):
+    solver.check(even(4, VP), (1, 2, 2))
+    with pytest.raises(ConfigError, match="quadrature=100 replays EDM and linear VP only, not CosineVP"):
+        solver.check(even(4, CosineVP()), (1, 2, 2))
+
+
+def test_deis_fits_in_the_linear_vp_schedule_of_the_same_kappas():
+    """Whatever the clock of a schedule without alpha is."""
+
+    @dataclass(frozen=True)
+    class VarianceExploding:
+        """sigma = 0.01 5000^t of score_sde."""
+
+        t_start: float = 1.0
+        t_end: float = 1e-3
+
+        def node(self, t):
+            return Node(t, 1.0, 0.01 * 5000**t)
+
+        def t_at(self, lam):
+            return math.log(math.exp(-lam) / 0.01) / math.log(5000)
+
+    ve = VarianceExploding()
+    edm = EDM(ve.node(1.0).sigma, ve.node(1e-3).sigma)
+    a, b = (run(DEIS(), even(6, schedule)) for schedule in (ve, edm))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

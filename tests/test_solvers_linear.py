@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from evodiff.errors import ConfigError
+from evodiff.fields import matches
 from evodiff.grid import LogSNR, Spacing
 from evodiff.solvers.ddim import DDIM
-from evodiff.solvers.fields import matches
 from evodiff.solvers.linear import add_, combine, unit_weights, weighted
 
 X = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

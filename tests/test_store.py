@@ -320,3 +320,24 @@ def test_two_writers_of_one_file_do_not_meet_on_the_way(tmp_path):
             other.write_text("other")
     assert path.read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_two_files_are_not_parsed_at_once(tmp_path, monkeypatch):
+    """CPython may answer with a SystemError (its issue 106905): one store is read while another one is, for errors."""
+    stores = [store_at(tmp_path / name) for name in "ab"]
+    for store in stores:
+        fill(store)
+    load, inside, both = np.load, threading.Semaphore(1), threading.Event()
+
+    def one_by_one(path):
+        if not inside.acquire(blocking=False):
+            both.set()
+            return load(path)
+        both.wait(0.1)  # time for the other one to come in
+        inside.release()
+        return load(path)
+
+    monkeypatch.setattr(np, "load", one_by_one)
+    for _ in zip(*(store.batches("images") for store in stores), strict=True):
+        pass
+    assert not both.is_set()

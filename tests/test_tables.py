@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import evodiff.config
+from evodiff.checkpoints.description import stated_schedule
 from evodiff.checkpoints.registry import registry
 from evodiff.config import build, choices, compose
 from evodiff.errors import ConfigError
@@ -40,10 +41,12 @@ def unloaded(run):
         schedule = LDM
     elif model.get("schedule") not in (None, "own"):
         schedule = build(model["schedule"])
-    elif "checkpoint" in model and registry()[model["checkpoint"]].schedule:
-        schedule = schedule_of(registry()[model["checkpoint"]].schedule)
     else:
-        schedule = EDM()
+        entry = registry().get(model.get("checkpoint"))
+        stated = entry and (
+            entry.schedule or (entry.config and stated_schedule(entry.architecture, entry.config, None))
+        )
+        schedule = schedule_of(stated) if stated else EDM()
     shape = (1, 32, 32) if model["name"] in ("mnist_tiny", "mixture_digits") else (3, 64, 64)
     return Pretrained(lambda labels: SimpleNamespace(schedule=schedule), shape=shape)
 

@@ -16,7 +16,7 @@ from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.heun import Heun
 from evodiff.solvers.pndm import PNDM
 from evodiff.solvers.time_shift import TimeShift
-from evodiff.trace import exact, main, next_variance, trace, write
+from evodiff.trace import exact, main, next_variance, probe_seed, trace, write
 
 
 @pytest.mark.parametrize("schedule", [SHORT_EDM, VP])
@@ -140,3 +140,12 @@ def test_a_solver_that_chooses_its_own_steps_is_traced(tmp_path, capsys):
     assert len(json.loads((tmp_path / "trace.json").read_text())["probability_flow"]) > 5
     with pytest.raises(ConfigError, match="chooses its own steps, so nfe=5 cannot be set. Use nfe=null"):
         main([*arguments, "nfe=5"])
+
+
+def test_signs_are_not_those_of_the_noise_that_a_solver_draws():
+    """torch's generators keep 32 bits of a seed."""
+    seeds = range(64)
+    probes = [torch.Generator().manual_seed(probe_seed(seed)) for seed in seeds]
+    first = {torch.randn(4, generator=random).sum().item() for random in probes}
+    assert not first & {torch.randn(4, generator=torch.Generator().manual_seed(seed)).sum().item() for seed in seeds}
+    assert len(first) == 64

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evodiff.checkpoints.description import Description, describe, described_beside, fit
+from evodiff.checkpoints.description import Description, describe, described_beside
 from evodiff.checkpoints.layouts import read_weights
 from evodiff.checkpoints.registry import cache_folder, find, registry, require
 from evodiff.errors import CheckpointError, ConfigError, StoreError
 from evodiff.files import sha256, whole_file
 from evodiff.locks import locked
+from evodiff.paths import resolve
 
 FORMAT = "evodiff-checkpoint-1"
 
@@ -45,10 +47,10 @@ def load(name_or_path: str | Path, ema: bool = True) -> Checkpoint:
         if entry.kind not in ("model", "classifier") or not entry.architecture:
             raise ConfigError(f"{name} is no network that can be loaded ({entry.kind}, {entry.file}).")
         return open_checkpoint(_converted(source, Description(entry.architecture, entry.config, entry.schedule), ema))
-    source = Path(name_or_path).expanduser()
+    source = resolve(name_or_path)
     if not source.is_file():
-        if source.suffix or len(source.parts) > 1:
-            raise ConfigError(f"{source} does not exist. Give a file, or a name that `evodiff models` lists.")
+        if Path(name).suffix or len(Path(name).parts) > 1:
+            raise ConfigError(f"{name} does not exist. Give a file, or a name that `evodiff models` lists.")
         find(name)  # raises, naming the nearest
     return open_checkpoint(source if is_converted(source) else _converted(source, Description(), ema))
 
@@ -64,8 +66,8 @@ def convert(
 
     What the file does not say of its network comes from `description`, else from a JSON file beside it whose name its
     own begins with, else from the entry of the registry whose weights have the same names and shapes; `overrides` are
-    `key=value` on the configuration. The network so described must have exactly these weights. Raises ConfigError where
-    `source` or a file of somebody else would be overwritten.
+    `key=value` on the configuration, and `schedule.key=value` on the schedule. The network so described must have
+    exactly these weights. Raises ConfigError where `source` or a file of somebody else would be overwritten.
     """
     if not source.is_file():
         raise ConfigError(f"{source} does not exist. Give a checkpoint file to convert.")
@@ -75,13 +77,18 @@ def convert(
     _check_free(target, source)
     weights = read_weights(source, ema)
     architecture, config, schedule = describe(source, weights, description or Description(), overrides)
-    fit(source, architecture, config, weights.tensors)
+    if weights.kind == "only" and re.fullmatch(r"model\d+", source.stem):
+        print(
+            f"evodiff: {source.name} is what trainers call weights without averaging; beside it there may be an "
+            f"ema_RATE_{source.stem.removeprefix('model')}{source.suffix}, which samples better.",
+            file=sys.stderr,
+        )
     about = {
         "format": FORMAT,
         "architecture": architecture,
         "config": config,
         "schedule": schedule,
-        "weights": "ema" if ema else "raw",
+        "weights": weights.kind,
         "source": {"file": source.name, "bytes": source.stat().st_size, "sha256": sha256(source)},
     }
     return _write(target, weights.tensors, about)

@@ -32,7 +32,7 @@ def fetch_main(argv: list[str]) -> int:
     names = list(dict.fromkeys(names))
     if not args.name and not args.table:
         raise ConfigError("say what to fetch: `evodiff fetch NAME`; `evodiff models` lists the names.")
-    if args.source and len(args.name) != 1:
+    if args.source and (len(args.name) != 1 or args.table):
         raise ConfigError("--from gives one file: name the one entry it is for.")
     if args.source:
         names = [find(args.name[0]).name]
@@ -53,8 +53,11 @@ def fetch_main(argv: list[str]) -> int:
         print(f"{name}: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     if failed:
         raise CheckpointError(f"{len(failed)} of {len(names)} files could not be fetched: {', '.join(failed)}.")
-    if not names:
-        print("nothing to fetch: it needs no files from elsewhere")
+    absent = {path for name in (*args.name, *args.table) for path in needs.by_hand(name) if not path.exists()}
+    for path in sorted(absent):
+        print(f"bring {path} here: docs/howto/offline.md tells of pipelines and prompts")
+    if not names and not absent:
+        print("nothing to fetch: it needs no file of the registry")
     return 0
 
 
@@ -66,10 +69,13 @@ def convert_main(argv: list[str]) -> int:
         "It is read as data: nothing in it is executed.",
     )
     parser.add_argument("file", type=Path)
-    parser.add_argument("setting", nargs="*", metavar="key=value", help="arguments of the network that differ")
+    parser.add_argument(
+        "setting", nargs="*", metavar="key=value", help="arguments of the network that differ, or schedule.key=value"
+    )
     parser.add_argument("--out", type=Path, help="file to write; in the cache if not given")
-    parser.add_argument("--like", metavar="NAME", help="the network is that of this entry of the registry")
-    parser.add_argument("--config", type=Path, metavar="JSON", help="file with the arguments of the network")
+    network = parser.add_mutually_exclusive_group()
+    network.add_argument("--like", metavar="NAME", help="the network is that of this entry of the registry")
+    network.add_argument("--config", type=Path, metavar="JSON", help="file with the arguments of the network")
     parser.add_argument("--raw", action="store_true", help="the weights in training instead of their average (EMA)")
     args = parser.parse_intermixed_args(argv)
     from evodiff.checkpoints.checkpoint import convert, open_checkpoint
@@ -92,6 +98,7 @@ def convert_main(argv: list[str]) -> int:
     checkpoint = open_checkpoint(convert(args.file, args.out, description, args.setting, ema=not args.raw))
     numbers = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     print(f"{checkpoint.path}: {checkpoint.architecture}, {len(checkpoint.tensors)} tensors, {numbers:,} numbers")
+    print("schedule " + ", ".join(f"{key}={value}" for key, value in checkpoint.schedule.items()))
     print(f"source sha256 {checkpoint.sha256}")
     return 0
 

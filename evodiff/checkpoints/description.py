@@ -16,6 +16,8 @@ from evodiff.checkpoints.layouts import Weights
 from evodiff.checkpoints.registry import resembling
 from evodiff.errors import CheckpointError, ConfigError, EvodiffError
 
+OF_SCHEDULE = "schedule."
+"""How an override of the schedule begins; all others are of the network."""
 DDPM_LINEAR = {"type": "DiscreteVP", "betas": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_timesteps": 1000}
 
 
@@ -24,7 +26,7 @@ class Description:
     """What a network is: architecture, the official constructor's arguments, and the noise schedule it was trained on.
 
     `schedule` has `type`, a class of evodiff.schedule (EDM, LinearVP, DiscreteVP), and its numbers; DiscreteVP has
-    `betas` (linear, cosine) and `num_timesteps`.
+    `betas` (linear, cosine, scaled_linear) and `num_timesteps`.
     """
 
     architecture: str = ""
@@ -56,7 +58,13 @@ def described_beside(source: Path) -> Description | None:
 def describe(
     source: Path, weights: Weights, given: Description, overrides: Sequence[str]
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, configuration and schedule: what the file says, else `given`, else what is known of its like."""
+    """Architecture, configuration and schedule: what the file says, else `given`, else what is known of its like.
+
+    `overrides` are `key=value` on the configuration, and `schedule.key=value` on the schedule. Raises CheckpointError
+    unless the network so described has exactly these weights, ConfigError for what describes none.
+    """
+    from evodiff.models.loading import schedule_of
+
     architecture = weights.architecture
     if given.architecture and given.architecture != architecture:
         raise CheckpointError(f"{source} holds weights of {architecture}, not of {given.architecture}.")
@@ -72,33 +80,40 @@ def describe(
             "network can be told from its weights. Run `evodiff convert` with --config FILE.json, the arguments of its "
             "constructor, or with --like NAME of the registry and what differs as key=value."
         )
-    try:
-        merged: Any = OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.create(plain(config)), OmegaConf.from_dotlist(list(overrides)))
+    of_network = [o for o in overrides if not o.startswith(OF_SCHEDULE)]
+    merged = _merged(config, of_network)
+    network = fitting(source, architecture, merged, weights.tensors)
+    known = given.schedule or (alike.schedule if alike else None)
+    stated = stated_schedule(architecture, merged, network)
+    if given.schedule and of_network and stated != stated_schedule(architecture, config, network):
+        raise ConfigError(
+            f"{' '.join(of_network)} changes the schedule, which is given apart; change it with {OF_SCHEDULE}key=value."
         )
-    except (OmegaConfBaseException, ValueError) as e:
-        raise ConfigError(f"{' '.join(overrides)}: {str(e).splitlines()[0]}") from e
-    known = alike.schedule if alike else {}
-    schedule = given.schedule or _schedule(architecture, merged, weights.tensors, known)
+    schedule = given.schedule or stated or known or DDPM_LINEAR
     if not isinstance(schedule, Mapping):
         raise ConfigError(f"{source}: schedule={schedule!r} is no mapping; expected `type` and its numbers.")
-    return architecture, merged, plain(schedule)
+    schedule = _changed(schedule, [o.removeprefix(OF_SCHEDULE) for o in overrides if o.startswith(OF_SCHEDULE)])
+    schedule_of(schedule)
+    return architecture, merged, schedule
+
+
+def _merged(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        changed = OmegaConf.merge(OmegaConf.create(plain(config)), OmegaConf.from_dotlist(list(overrides)))
+        merged: Any = OmegaConf.to_container(changed)
+        return merged
+    except (OmegaConfBaseException, ValueError) as e:
+        raise ConfigError(f"{' '.join(overrides)}: {str(e).splitlines()[0]}") from e
 
 
 def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=dict))
 
 
-def _schedule(
-    architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], known: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The schedule a network was trained on: what its configuration says, else the `known` one of its like."""
-    if architecture == "edm":
-        # the limits of the network, inside those that Karras et al. sample between
-        low, high = {"VEPrecond": (0.02, 100.0)}.get(config.get("class_name", ""), (0.0, float("inf")))
-        if "u" in tensors:
-            low, high = tensors["u"][-2].item(), tensors["u"][0].item()
-        return {"type": "EDM", "t_start": min(80.0, high), "t_end": max(0.002, low)}
+def stated_schedule(architecture: str, config: Mapping[str, Any], network: Any) -> Mapping[str, Any] | None:
+    """The schedule that a configuration says its network was trained on; None if it says nothing of it."""
+    if architecture == "edm":  # the limits of the network, inside those that Karras et al. sample between
+        return {"type": "EDM", "t_start": min(80.0, network.sigma_max), "t_end": max(0.002, network.sigma_min)}
     if architecture == "score_sde":
         model = config.get("model", {})
         sde = config.get("training", {}).get("sde") or ("vesde" if model.get("scale_by_sigma") else "vpsde")
@@ -107,11 +122,19 @@ def _schedule(
         if sde == "vpsde":
             return {"type": "LinearVP", "beta_min": model.get("beta_min", 0.1), "beta_max": model.get("beta_max", 20.0)}
         raise ConfigError(f"training.sde={sde} has no schedule here; possible: vpsde, vesde.")
-    noise = config.get("diffusion", {})
-    if known and not noise:
-        return known
+    noise = config.get("diffusion")
     names = {"beta_schedule": "betas", "num_diffusion_timesteps": "num_timesteps"}
-    return {**DDPM_LINEAR, **{names.get(key, key): value for key, value in noise.items()}}
+    return {**DDPM_LINEAR, **{names.get(key, key): value for key, value in noise.items()}} if noise else None
+
+
+def _changed(schedule: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The schedule with its `key=value`; the numbers of one kind are not those of another, and are left behind."""
+    said = _merged({}, overrides)
+    if said.get("type", schedule.get("type")) != schedule.get("type"):
+        schedule = {}
+    elif said.get("betas", schedule.get("betas", "linear")) != schedule.get("betas", "linear"):
+        schedule = {key: schedule[key] for key in ("type", "num_timesteps") if key in schedule}
+    return dict(plain({**schedule, **said}))
 
 
 def fingerprint(shapes: Mapping[str, Any]) -> str:
@@ -120,13 +143,14 @@ def fingerprint(shapes: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def fit(source: Path, architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the network of this configuration has exactly these weights."""
+def fitting(source: Path, architecture: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The network of this configuration, without weights. Raises CheckpointError unless it has exactly these."""
     from evodiff.models.networks import build
 
     try:
         with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in build(architecture, config).state_dict().items()}
+            network = build(architecture, config)
+        expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
     except EvodiffError:
         raise
     except Exception as e:  # arguments of a wrong type or size fail wherever they are first used
@@ -141,3 +165,4 @@ def fit(source: Path, architecture: str, config: Mapping[str, Any], tensors: Map
             f"{source} does not fit the network it is said to be ({architecture}): {said}, {meant}; {len(wrong)} of "
             f"{len(expected)} weights differ. Give its own arguments with --config, --like or key=value."
         )
+    return network

@@ -47,7 +47,8 @@ def fetch(name: str, source: Path | None = None, advance: Advance | None = None)
 
     A download that broke off goes on where it stopped. The file appears under its name only after its size and hash
     were found right. One process fetches; others wait and then find it. Raises ConfigError offline and where only a
-    browser can download, CheckpointError when every mirror failed, StoreError when the disk is full.
+    browser can download, CheckpointError when every mirror failed or a damaged file is in its place, StoreError when
+    the disk is full.
     """
     entry = find(name)
     target = entry.path
@@ -56,6 +57,8 @@ def fetch(name: str, source: Path | None = None, advance: Advance | None = None)
             _copy(entry, source, target)
         elif not target.exists():
             _download(entry, target, advance or (lambda done, total: None))
+        elif wrong := check(entry, target):
+            raise CheckpointError(f"{target} is not {name}: {wrong}. Delete it and run the same command again.")
     return target
 
 

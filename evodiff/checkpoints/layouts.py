@@ -3,7 +3,7 @@
 EDM          pickle with the network under `ema`; it describes itself
 score_sde    {optimizer, model, ema, step}: `ema` is a list without names, in the order of the trained parameters
 DDIM         [model, optimizer, epoch, step, ema], or a plain state_dict
-ADM          a plain state_dict, already EMA
+ADM          a plain state_dict: published ones are EMA; its trainer writes ema_RATE_STEP.pt beside modelSTEP.pt
 """
 
 from collections.abc import Mapping
@@ -33,10 +33,14 @@ SIGNATURES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """A state_dict, the architecture it belongs to, and what else the file says of the network."""
+    """A state_dict, the architecture it belongs to, and what else the file says of the network.
+
+    `kind` is `ema` or `raw` where the layout tells them apart, and else `only`.
+    """
 
     architecture: str
     tensors: Tensors
+    kind: str
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,9 +54,11 @@ def read_weights(path: Path, ema: bool = True) -> Weights:
         class_name, config, tensors = read_edm(path)
         if not ema:
             raise CheckpointError(f"{path}: pickles of NVlabs/edm hold EMA weights only; leave `--raw` out.")
-        return Weights("edm", _checked(path, tensors), {"class_name": class_name, **config})
-    tensors = _state_dict(path, _load_safetensors(path) if how == "safetensors" else read_torch(path), ema)
-    return Weights(_architecture(path, tensors), _checked(path, tensors))
+        return Weights("edm", _checked(path, tensors), "ema", {"class_name": class_name, **config})
+    content = _load_safetensors(path) if how == "safetensors" else read_torch(path)
+    tensors = _state_dict(path, content, ema)
+    kind_of = "only" if _is_state_dict(content) else "ema" if ema else "raw"
+    return Weights(_architecture(path, tensors), _checked(path, tensors), kind_of)
 
 
 def _load_safetensors(path: Path) -> Tensors:
@@ -74,9 +80,9 @@ def _state_dict(path: Path, content: Any, ema: bool) -> Tensors:
                 f"{path} holds no EMA weights, only those in training; `--raw` takes them all the same."
             )
         return _bare(content[-1] if ema else content[0])
-    if isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values()):
+    if _is_state_dict(content):
         if not ema:
-            raise CheckpointError(f"{path} holds one set of weights, published as EMA; leave `--raw` out.")
+            raise CheckpointError(f"{path} holds one set of weights only; leave `--raw` out.")
         return _bare(content)
     if isinstance(content, Mapping) and "state_dict" in content:
         raise CheckpointError(
@@ -87,6 +93,10 @@ def _state_dict(path: Path, content: Any, ema: bool) -> Tensors:
     if isinstance(content, Mapping):
         what += f" of {', '.join(sorted(map(str, content))[:6])}"
     raise CheckpointError(f"{path} holds {what}; known are checkpoints of EDM, score_sde, DDIM and guided-diffusion.")
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
 
 
 def _bare(state_dict: Any) -> Tensors:

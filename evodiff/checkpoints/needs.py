@@ -24,8 +24,9 @@ def of_table(name: str) -> tuple[list[str], list[Path]]:
 
 
 def by_hand(name: str) -> list[Path]:
-    """Folders and files under checkpoints/ that a table names and nobody publishes in one piece: pipelines, prompts."""
-    return sorted(resolve(word) for word in _of_rows(name) if word.startswith("checkpoints/"))
+    """Folders and files that a model or a table names and nobody publishes in one piece: pipelines, prompts."""
+    words = _of_rows(name) if _read("table", name) is not None else set(_strings(_read("model", name)))
+    return sorted(resolve(word) for word in words if word.startswith("checkpoints/") or word.endswith(".txt"))
 
 
 def _of_rows(name: str) -> set[str]:

@@ -30,9 +30,12 @@ LONGEST_ARGUMENTS = 1_000_000
 
 def kind(path: Path) -> str:
     """`safetensors`, `torch` or `pickle`, from the first bytes. Raises CheckpointError for what is known to be no
-    PyTorch file: flax msgpack, a web page, a Git LFS pointer, an empty file."""
-    with path.open("rb") as f:
-        head = f.read(512)
+    PyTorch file: flax msgpack, a web page, a Git LFS pointer, an empty file; and for one that cannot be read."""
+    try:
+        with path.open("rb") as f:
+            head = f.read(512)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror or e}.") from e
     if not head:
         raise CheckpointError(f"{path} is empty. Fetch or copy it again.")
     if head.startswith((TORCH_ZIP, TORCH_LEGACY)):

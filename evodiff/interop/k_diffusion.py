@@ -11,6 +11,7 @@ package k-diffusion itself is not needed.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,11 +23,10 @@ from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
 from evodiff.grid import Step, TimeGrid
 from evodiff.interop import ending, images
-from evodiff.noise import Noise
 from evodiff.progress import progress
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, Node, NoiseSchedule
-from evodiff.solvers.base import Solver, State
+from evodiff.solvers.base import Solver, State, Wrapping
 
 Model = Callable[..., Tensor]
 """model(x, sigma, **extra_args) -> the denoised x_0, for x = x_0 + sigma z and sigma [B]."""
@@ -56,13 +56,13 @@ def sample(
     sigmas (a Brownian tree) where the solver draws several times in a step.
     """
     times = [float(sigma) for sigma in sigmas]
-    if len(times) < 2 or min(times[:-1], default=0) <= 0 or times[-1] < 0:
+    if len(times) < 2 or times[-1] < 0 or not all(a > b for a, b in pairwise(times)):
         raise ConfigError("sigmas must be at least two falling numbers, of which only the last may be 0.")
     to_zero = times[-1] == 0
     times = times[:-1] if to_zero else times
     if solver.adaptive and len(times) > 1:
         times = [times[0], times[-1]]
-    schedule = EDM(times[0], times[-1])
+    schedule = EDM(times[0], times[-1]) if len(times) > 1 else EDM()
     y = images(x.to(torch.promote_types(x.dtype, torch.float32)))
     steps = len(times) - 1
     silent = nullcontext(lambda n: None)
@@ -155,23 +155,15 @@ class _Model:
 
 
 @dataclass(frozen=True)
-class _Watched(Solver):
+class _Watched(Wrapping):
     """`base`, telling the denoiser where each step begins, and `advance` that one is done."""
 
-    base: Solver
     denoiser: _Model
     advance: Callable[[int], None]
 
     @property
-    def stochastic(self) -> bool:
-        return self.base.stochastic
-
-    @property
     def global_order(self) -> float:
         return self.base.global_order
-
-    def init(self, noise: Noise | None) -> State:
-        return self.base.init(noise)
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         self.denoiser.start(step.i, step.s.sigma, step.t.sigma)

@@ -25,7 +25,7 @@ class Preconditioned:
         self.class_labels = class_labels
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
-        sigma = torch.full((), node.kappa, device=x.device)  # filled there: nothing to wait for
+        sigma = torch.full((), node.kappa, dtype=torch.float32, device=x.device)  # filled there: nothing to wait for
         return self.net(x / node.alpha, sigma, self.class_labels).to(x.dtype)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evodiff.checkpoints import Checkpoint
 from evodiff.denoiser import Denoiser
+from evodiff.errors import ConfigError
 from evodiff.models.adapter import DiscreteTime, NetworkDenoiser, Process, process
 from evodiff.models.loading import discrete_schedule_of, load_network
 from evodiff.models.pretrained import Pretrained
@@ -50,6 +52,7 @@ def guided_diffusion(
     log_p, networks = None, [net]
     if classifier is not None:
         guide, guide_file = load_network(classifier, "guided_diffusion_classifier", device)
+        _check_pair(classifier, guide_file, file)
         name = Path(classifier).name
         files[f"classifier/{name}" if name in files else name] = guide_file.sha256  # trainers call both model000000.pt
         log_p = NoisyClassifier(guide, seen)
@@ -67,6 +70,23 @@ def guided_diffusion(
         networks=tuple(networks),
         takes_labels=net.config.num_classes is not None,
     )
+
+
+def _check_pair(classifier: str, guide: Checkpoint, network: Checkpoint) -> None:
+    """Raises ConfigError for a classifier of images, classes or noise other than those of the network."""
+    classes = guide.config["out_channels"]
+    facts = {
+        "image_size": (guide.config["image_size"], network.config["image_size"]),
+        "classes": (classes, network.config.get("num_classes") or classes),
+        "schedule": (guide.schedule, network.schedule),
+    }
+    same = {"schedule": discrete_schedule_of(guide.schedule) == discrete_schedule_of(network.schedule)}
+    for fact, (its, networks) in facts.items():
+        if not same.get(fact, its == networks):
+            raise ConfigError(
+                f"model.classifier={classifier} is none for this network: its {fact} is {its}, the network's "
+                f"{networks}. Give the one that was trained for it, or convert it with the schedule.key=value it has."
+            )
 
 
 def _denoiser(net: Any, seen: Process, labels: Tensor | None) -> Denoiser:

@@ -94,7 +94,7 @@ def wrap(
     if weights is not None:
         if not isinstance(weights, str | Path):
             raise ConfigError(f"wrap: weights={weights!r} must be the path of a file, or None")
-        path = resolve(Path(weights).expanduser())
+        path = resolve(weights)
         _load(model, path)
         files[path.name] = sha256(path)
     if isinstance(model, nn.Module):

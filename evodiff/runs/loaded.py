@@ -4,7 +4,6 @@ import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from evodiff.config import build
@@ -43,6 +42,6 @@ def loaded(run: Run, device: str) -> Iterator[Pretrained]:
 
 def _states(model: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """Size and time of change of the files that a model's configuration names, also of those in folders."""
-    named = [resolve(Path(model[key]).expanduser()) for key in NAMING_FILES if isinstance(model.get(key), str)]
+    named = [resolve(model[key]) for key in NAMING_FILES if isinstance(model.get(key), str)]
     files = [path for one in named for path in (one, *sorted(one.rglob("*"))) if path.is_file()]
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

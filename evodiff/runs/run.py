@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,11 +105,18 @@ class Run:
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return f"{self.solver['name']}-nfe{self.nfe or 'adaptive'}-{digest[:8]}"
 
-    @property
-    def statistics_folder(self) -> str | None:
-        """Of the model's statistics that the solver reads (evodiff.ems.load), if it does."""
-        statistics = self.solver.get("statistics")
-        return statistics.get("folder") if isinstance(statistics, Mapping) else None
+    def named(self, field: str) -> list[str]:
+        """What the solver and the grid read, at any depth: the `path` of a file, the `folder` of statistics
+        (evodiff.ems.load)."""
+
+        def within(config: Mapping[str, Any]) -> Iterator[str]:
+            for key, value in config.items():
+                if isinstance(value, Mapping):
+                    yield from within(value)
+                elif key == field:
+                    yield str(value)
+
+        return [*within(self.solver), *within(self.grid)]
 
     @property
     def folder(self) -> Path:

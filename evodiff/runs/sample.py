@@ -102,11 +102,9 @@ def files_read(run: Run) -> dict[str, str]:
 
     By the name there; weights by the file's name, as in Pretrained.files.
     """
-    folder = run.statistics_folder
-    names = [run.grid["path"]] if "path" in run.grid else []
-    names += [f"{folder}/{part}.npz" for part in ("l", "sb")] if folder else []
-    found = {str(name): resolve(str(name)) for name in names}
-    weights = resolve(Path(str(run.model.get("weights"))).expanduser())
+    names = run.named("path") + [f"{folder}/{part}.npz" for folder in run.named("folder") for part in ("l", "sb")]
+    found = {name: resolve(name) for name in names}
+    weights = resolve(str(run.model.get("weights")))
     return {name: sha256(path) for name, path in {**found, weights.name: weights}.items() if path.is_file()}
 
 

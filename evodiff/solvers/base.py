@@ -6,18 +6,18 @@ the same twice.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import SamplingError
+from evodiff.fields import check_known, check_types
 from evodiff.grid import Spacing, Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.exponential import DATA, Prediction
-from evodiff.solvers.fields import check_known, check_types
 
 State = Any
 
@@ -85,6 +85,44 @@ class Solver(ABC):
     @abstractmethod
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         """From x at `step.s` to x at `step.t`."""
+
+
+@dataclass(frozen=True)
+class Wrapping(Solver):
+    """A method that does something to another solver, and is like it where it does nothing."""
+
+    base: Solver
+
+    @property
+    def stochastic(self) -> bool:
+        return self.base.stochastic
+
+    @property
+    def equivariant(self) -> bool:
+        return self.base.equivariant
+
+    @property
+    def caveat(self) -> str:
+        return self.base.caveat
+
+    @property
+    def corrects(self) -> bool:
+        return self.base.corrects
+
+    def evaluations(self, steps: int) -> int:
+        return self.base.evaluations(steps)
+
+    def for_budget(self, nfe: int) -> Self:
+        return replace(self, base=self.base.for_budget(nfe))
+
+    def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+        return self.base.times(spacing, steps, schedule, t_start, t_end)
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        self.base.check(grid, shape)
+
+    def init(self, noise: Noise | None) -> State:
+        return self.base.init(noise)
 
 
 class Past(NamedTuple):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError, SamplingError
+from evodiff.fields import check_number, refuse
 from evodiff.grid import Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, ddim
-from evodiff.solvers.fields import check_number, refuse
 from evodiff.solvers.linear import combine
 
 

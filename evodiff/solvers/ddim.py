@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_number
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import ddim, noise_prediction
-from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 

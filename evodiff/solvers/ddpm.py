@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_known
 from evodiff.grid import Step
 from evodiff.solvers.base import Solver, State
-from evodiff.solvers.fields import check_known
 from evodiff.solvers.linear import combine
 
 

@@ -7,6 +7,7 @@ usual start eps hardly changes.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from evodiff.errors import ConfigError
-from evodiff.grid import Step
+from evodiff.fields import check_known, refuse
+from evodiff.grid import Step, TimeGrid
 from evodiff.schedule import LinearVP, NoiseSchedule
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import NOISE, Prediction, lagrange, lagrange_integrals
-from evodiff.solvers.fields import check_known, refuse
 from evodiff.solvers.linear import combine
 
 PANELS = 16
@@ -58,6 +59,9 @@ class DEIS(Multistep):
     def global_order(self) -> float:
         return self.order
 
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        clock_schedule(grid.schedule, self.quadrature)
+
     def predict(self, step: Step, past: tuple[Past, ...]) -> Tensor:
         s, t = step.s, step.t
         seen = past[::-1][: self.order_at(step)]
@@ -77,14 +81,14 @@ def hashable(schedule: NoiseSchedule) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # one a step; grids have tens of steps, and no more than a thousand
 def coefficients(
     schedule: NoiseSchedule, variant: str, quadrature: int | None, kappas: tuple[float, ...], kappa_t: float
 ) -> tuple[float, ...]:
     """C_j for the nodes at `kappas`, newest first, from kappas[0] to kappa_t; kept, for every batch asks for them."""
     if variant == "rhoab" or len(kappas) == 1:
         return tuple(lagrange_integrals(kappas, kappas[0], kappa_t))
-    vp = linear_vp_like(schedule) if schedule.node(schedule.t_start).alpha == 1 else schedule
+    vp = clock_schedule(schedule, quadrature)
 
     def clock(kappa: float) -> float:
         return vp.t_at(-math.log(kappa))
@@ -92,10 +96,16 @@ def coefficients(
     times = [clock(kappa) for kappa in kappas]
     if quadrature is None:
         return tuple(lagrange_integrals(times, kappas[0], kappa_t, clock, PANELS))
-    if not isinstance(vp, LinearVP):
+    return tuple(left_sums(vp, times, clock(kappa_t), quadrature))
+
+
+def clock_schedule(schedule: NoiseSchedule, quadrature: int | None) -> Any:
+    """In whose t polynomials are fitted. Raises ConfigError for one on which `quadrature` cannot be replayed."""
+    vp = linear_vp_like(schedule) if schedule.node(schedule.t_start).alpha == 1 else schedule
+    if quadrature is not None and not isinstance(vp, LinearVP):
         name = type(schedule).__name__
         raise ConfigError(f"DEIS: quadrature={quadrature} replays EDM and linear VP only, not {name}; use null (exact)")
-    return tuple(left_sums(vp, times, clock(kappa_t), quadrature))
+    return vp
 
 
 def left_sums(vp: LinearVP, times: list[float], t: float, n: int) -> list[float]:
@@ -108,9 +118,9 @@ def left_sums(vp: LinearVP, times: list[float], t: float, n: int) -> list[float]
 
 
 def linear_vp_like(schedule: NoiseSchedule, eps: float = 1e-3) -> LinearVP:
-    """The linear VP schedule with kappa = t_start at time 1 and kappa = t_end at time eps."""
+    """The linear VP schedule with the first kappa of this one at time 1 and its last at time eps."""
     # int_0^t beta = log(1 + kappa^2) = beta_min t + (beta_max - beta_min) t^2 / 2
-    late, early = (math.log1p(k**2) for k in (schedule.t_start, schedule.t_end))
+    late, early = (math.log1p(schedule.node(t).kappa ** 2) for t in (schedule.t_start, schedule.t_end))
     slope = 2 * (late - early / eps) / (1 - eps)
     beta_min = late - 0.5 * slope
     return LinearVP(beta_min, beta_min + slope, 1.0, eps)

@@ -56,13 +56,13 @@ class Statistics:
 
     def l_at(self, lam: float) -> Tensor:
         """l at one half-log-SNR, [C, H, W]."""
-        return self._between(self.l, torch.tensor([lam], dtype=torch.float64))[0]
+        return self._between(self.l, self.lambdas.new_tensor([lam]))[0]
 
     def along(self, lam_s: float, lam_t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The nodes from lam_s to lam_t, both ends included, as [n, 1, 1, 1], and l, s, b there."""
         low, high = min(lam_s, lam_t), max(lam_s, lam_t)
         inner = self.lambdas[(self.lambdas > low) & (self.lambdas < high)]
-        lam = torch.cat([torch.tensor([low]).double(), inner, torch.tensor([high]).double()])
+        lam = torch.cat([self.lambdas.new_tensor([low]), inner, self.lambdas.new_tensor([high])])
         lam = lam.flip(0) if lam_s > lam_t else lam
         l, s, b = (self._between(a, lam) for a in (self.l, self.s, self.b))  # noqa: E741
         return lam[:, None, None, None], l, s, b
@@ -109,13 +109,13 @@ class DPMSolverV3(Multistep):
     @cached_property
     def weights(self) -> Callable[..., Weights]:
         """`weights` of its statistics; kept, for every batch asks, and no longer than the solver."""
-        return lru_cache(maxsize=256)(partial(weights, self.statistics))
+        return lru_cache(maxsize=None)(partial(weights, self.statistics))
 
     @cached_property
     def weight_of_x(self) -> Callable[..., Tensor]:
         """`weight_of_x` of its statistics, kept likewise."""
         assert self.statistics is not None
-        return lru_cache(maxsize=256)(partial(weight_of_x, self.statistics))
+        return lru_cache(maxsize=None)(partial(weight_of_x, self.statistics))
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, past: State) -> tuple[Tensor, State]:
         if step.i == 0:

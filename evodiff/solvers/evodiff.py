@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_known, check_number
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, ddim
-from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evodiff.fields import check_number
 from evodiff.grid import Step
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.exponential import DATA
-from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 

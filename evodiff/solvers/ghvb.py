@@ -16,11 +16,11 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
+from evodiff.fields import check_known, check_number
 from evodiff.grid import Step
 from evodiff.noise import Noise
-from evodiff.solvers.base import Multistep, Solver, State
+from evodiff.solvers.base import Multistep, Solver, State, Wrapping
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 
@@ -29,10 +29,9 @@ def check_beta(solver: Solver) -> None:
 
 
 @dataclass(frozen=True)
-class HeavyBall(Solver):
+class HeavyBall(Wrapping):
     """Heavy-ball momentum on `base`, a multistep solver without a corrector (which would undo it)."""
 
-    base: Solver
     beta: float = 0.8
 
     def __post_init__(self) -> None:
@@ -44,15 +43,8 @@ class HeavyBall(Solver):
             raise ConfigError(f"HeavyBall: base={name} has a corrector, which would undo the momentum; turn it off")
 
     @property
-    def equivariant(self) -> bool:  # type: ignore[override]
-        return self.base.equivariant
-
-    @property
     def global_order(self) -> float:
         return self.base.global_order if self.beta == 1 else 1
-
-    def evaluations(self, steps: int) -> int:
-        return self.base.evaluations(steps)
 
     def init(self, noise: Noise | None) -> State:
         return self.base.init(noise), None

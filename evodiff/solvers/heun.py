@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_known, check_number
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, node_at, noise_prediction
-from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.linear import combine
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_known
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.fields import check_known
 from evodiff.solvers.ipndm import ADAMS_BASHFORTH
 from evodiff.solvers.linear import combine, weighted
 

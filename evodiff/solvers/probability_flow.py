@@ -13,11 +13,11 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import SamplingError
+from evodiff.fields import check_number
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import node_at, noise_prediction
-from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine
 
 A = (

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
+from evodiff.fields import check_number
 from evodiff.grid import Step
 from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past, Solver, State
 from evodiff.solvers.exponential import NOISE, Prediction, node_at, noise_prediction
-from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import combine, unit_weights, weighted
 from evodiff.solvers.singlestep import Singlestep
 
@@ -35,7 +35,11 @@ def check_m(solver: Solver) -> None:
 @dataclass(frozen=True)
 class SciRESinglestep(Singlestep):
     """SciRE-V1-2 (algorithm 1) and SciRE-V1-3 (algorithm 2): `order` evaluations per step, and lower orders to spend
-    the rest of a budget, as released."""
+    the rest of a budget.
+
+    Released codes differ: that for EDM spaces the ends of the steps evenly in half-log-SNR, where here a step of order
+    k spans k intervals; that for discrete times changes phi_1 on the way, and takes its inner times from the grid.
+    """
 
     m: int = 3
     known = (2, 3)
@@ -82,8 +86,8 @@ class SciRESinglestep(Singlestep):
 class SciREMultistep(Multistep):
     """SciRE, multistep 2 and 3: one evaluation per step. The third order is weighted as released.
 
-    The second order, which the third begins and ends with, is the paper's. The released code has the fourth root of a
-    ratio of log kappa in the place of the ratio of the steps in kappa, and a phi_1 that changes on the way.
+    The second order, which the third begins and ends with, is the paper's; versions of the released code put other
+    ratios in the place of that of the steps in kappa, change phi_1 on the way, and wind down below 10 steps only.
     """
 
     order: int = 2

@@ -8,18 +8,19 @@ code's `denoise`), at no evaluation.
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
-from evodiff.grid import Step
+from evodiff.fields import check_number
+from evodiff.grid import Step, TimeGrid
 from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
-from evodiff.solvers.fields import check_number
 from evodiff.solvers.linear import add_, combine
 
 
@@ -137,6 +138,23 @@ class PredictorCorrector(Solver):
 
     def evaluations(self, steps: int) -> int:
         return self.corrector_steps * steps + (self.predictor.evaluations(steps) if self.predictor else 0)
+
+    @property
+    def caveat(self) -> str:
+        return self.predictor.caveat if self.predictor else ""
+
+    def for_budget(self, nfe: int) -> "PredictorCorrector":
+        if self.predictor:
+            for steps in range(1, nfe // self.corrector_steps + 1):
+                left = nfe - self.corrector_steps * steps
+                predictor = self.predictor.for_budget(left)
+                if predictor.evaluations(steps) == left:
+                    return replace(self, predictor=predictor)
+        return self
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        if self.predictor:
+            self.predictor.check(grid, shape)
 
     def init(self, noise: Noise | None) -> State:
         return super().init(noise), self.predictor.init(noise) if self.predictor else ()

@@ -6,6 +6,7 @@ lower order, so that every number of evaluations can be spent: order 3 spends 10
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
@@ -13,19 +14,20 @@ from typing import ClassVar
 from torch import Tensor
 
 from evodiff.denoiser import Denoiser
-from evodiff.grid import Spacing, Step
+from evodiff.fields import check_known, refuse
+from evodiff.grid import Spacing, Step, TimeGrid
 from evodiff.schedule import Node, NoiseSchedule
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import DATA, NOISE, Prediction, h_phi
-from evodiff.solvers.fields import check_known, refuse
 from evodiff.solvers.linear import combine
 
 
 @dataclass(frozen=True)
 class Singlestep(Solver):
-    """A step of order k spends k evaluations and spans k intervals of the spacing, as in the released codes.
+    """A step of order k spends k evaluations and spans k intervals of the spacing, as in DPM-Solver's released code.
 
-    `orders`: the order of each step, up to `order`; steps beyond the list are of `order`. Null: `for_budget` chooses.
+    `orders`: the order of each step, up to `order`; steps beyond the list are of `order`, and a longer list than there
+    are steps is refused. Null: `for_budget` chooses.
     """
 
     order: int = 2
@@ -48,6 +50,10 @@ class Singlestep(Solver):
 
     def order_of(self, i: int) -> int:
         return self.orders[i] if self.orders and i < len(self.orders) else self.order
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        if len(self.orders or ()) > len(grid):
+            refuse(self, "orders", f"at most {len(grid)}, one for each step", "has too many")
 
     def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         ends = list(accumulate((self.order_of(i) for i in range(steps)), initial=0))

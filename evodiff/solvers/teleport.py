@@ -7,7 +7,7 @@ refined leave an error of first order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor
 
 from evodiff.denoiser import Denoiser
 from evodiff.errors import ConfigError
+from evodiff.fields import check_number
 from evodiff.grid import Spacing, Step, TimeGrid
-from evodiff.noise import Noise
 from evodiff.schedule import Node, NoiseSchedule
-from evodiff.solvers.base import Solver, State
-from evodiff.solvers.fields import check_number
+from evodiff.solvers.base import Solver, State, Wrapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +64,9 @@ ISOTROPIC = Gaussian.isotropic()
 
 
 @dataclass(frozen=True)
-class Teleport(Solver):
+class Teleport(Wrapping):
     """The first `skip` steps of the grid by `gaussian` (null: mean 0, std 0.5 in every pixel), the others by `base`."""
 
-    base: Solver
     gaussian: Gaussian | None = None
     skip: int = 2
 
@@ -82,53 +80,40 @@ class Teleport(Solver):
 
     @property
     def caveat(self) -> str:
-        return "" if self.gaussian else "solver.gaussian=null, so mean 0 and std 0.5: not the data's, as in its paper"
-
-    @property
-    def stochastic(self) -> bool:
-        return self.base.stochastic
-
-    @property
-    def equivariant(self) -> bool:  # type: ignore[override]
-        return self.base.equivariant
-
-    @property
-    def corrects(self) -> bool:
-        return self.base.corrects
+        guess = "solver.gaussian=null, so mean 0 and std 0.5: not the data's, as in its paper"
+        return "; ".join(filter(None, ("" if self.gaussian else guess, super().caveat)))
 
     @property
     def global_order(self) -> float:
         return 1  # that of `base` if the data is this Gaussian
-
-    def for_budget(self, nfe: int) -> "Teleport":
-        return replace(self, base=self.base.for_budget(nfe))
 
     def evaluations(self, steps: int) -> int:
         return self.base.evaluations(steps - self.skip) if steps > self.skip else 0
 
     def times(self, spacing: Spacing, steps: int, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
         """The spacing's; where `base` has its own way with it, that of `base` from where the Gaussian stops."""
-        times = super().times(spacing, steps, schedule, t_start, t_end)
+        times = spacing.times(steps, schedule, t_start, t_end)
         if type(self.base).times is Solver.times or steps <= self.skip:
             return times
         rest = self.base.times(spacing, steps - self.skip, schedule, times[self.skip], t_end)
         return [*times[: self.skip], *rest]
-
-    def init(self, noise: Noise | None) -> State:
-        return self.base.init(noise)
 
     def step(self, denoise: Denoiser, x: Tensor, step: Step, state: State) -> tuple[Tensor, State]:
         if step.i == 0:
             self.check(step.grid, x.shape[1:])
         if step.i < self.skip:
             return (self.gaussian or ISOTROPIC).flow(x, step.s, step.t), state
-        rest = TimeGrid(step.grid.nodes[self.skip :], step.grid.schedule)
-        return self.base.step(denoise, x, Step(rest, step.i - self.skip), state)
+        return self.base.step(denoise, x, Step(self.rest(step.grid), step.i - self.skip), state)
+
+    def rest(self, grid: TimeGrid) -> TimeGrid:
+        return TimeGrid(grid.nodes[self.skip :], grid.schedule)
 
     def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
-        """Refuse a Gaussian of other images before the first evaluation."""
+        """Refuse a Gaussian of other images, and what `base` refuses, before the first evaluation."""
         if self.gaussian and len(self.gaussian.axes) and tuple(self.gaussian.mean.shape) != tuple(shape):
             raise ConfigError(
                 f"gaussian is of images {tuple(self.gaussian.mean.shape)}, but the model's are {tuple(shape)}: give "
                 f"statistics of this model's data"
             )
+        if len(grid) > self.skip:
+            super().check(self.rest(grid), shape)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from evodiff.denoiser import Counting, Denoiser
+from evodiff.fields import check_known, check_number
 from evodiff.grid import Step
 from evodiff.schedule import LinearVP, Node
 from evodiff.solvers.base import Solver, State
 from evodiff.solvers.exponential import NOISE, noise_prediction
-from evodiff.solvers.fields import check_known, check_number
 from evodiff.solvers.ipndm import ADAMS_BASHFORTH
 from evodiff.solvers.linear import combine, weighted
 from evodiff.solvers.pndm import runge_kutta

@@ -6,6 +6,7 @@ only where they matter: at the usual start, sigma = 80, D hardly changes and the
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,12 +14,12 @@ import numpy as np
 from torch import Tensor
 
 from evodiff.errors import ConfigError
-from evodiff.grid import Step
+from evodiff.fields import check_known
+from evodiff.grid import Step, TimeGrid
 from evodiff.schedule import Node
 from evodiff.solvers.base import Multistep, Past
 from evodiff.solvers.dpmpp import DPMSolverPP
 from evodiff.solvers.exponential import PREDICTIONS, Prediction, h_phi
-from evodiff.solvers.fields import check_known
 from evodiff.solvers.linear import combine, unit_weights, weighted
 
 VARIANTS = ("bh1", "bh2", "vary_coeff")
@@ -81,6 +82,9 @@ class UniC(Multistep):
     @property
     def equivariant(self) -> bool:
         return self.base.equivariant
+
+    def check(self, grid: TimeGrid, shape: Sequence[int]) -> None:
+        self.base.check(grid, shape)
 
     @property
     def target(self) -> Prediction:

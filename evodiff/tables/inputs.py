@@ -38,8 +38,9 @@ def make(missing: Missing, device: str) -> None:
 
 def _of_run(run: Run, model: list[str]) -> Iterator[Missing]:
     """`model` are the overrides that choose its model."""
-    folder = run.statistics_folder
-    if folder and not resolve(f"{folder}/l.npz").exists():  # written last: a computation may have been broken off
+    for folder in run.named("folder"):
+        if resolve(f"{folder}/l.npz").exists():  # written last: a computation may have been broken off
+            continue
         what = f"statistics {folder}"
         # the name says how many: NODES-SAMPLES, and the end time where it is not the schedule's
         size = re.search(r"-(\d+)-(\d+)(?:-(1e-\d))?$", folder)

@@ -55,8 +55,6 @@ def _edm(config: Config) -> nn.Module:
         raise ConfigError(f"edm: model_type={model_type} does not exist; possible: {', '.join(networks)}.")
     channels = settings.pop("img_channels")
     for_wrapper = {key: settings.pop(key) for key in _parameters(wrapper) & set(settings)}
-    if class_name == "EDMPrecond":  # limits of the network that no sampler of ours reads
-        settings.pop("sigma_min", None), settings.pop("sigma_max", None)
     out_channels = 2 * channels if class_name == "iDDPMPrecond" else channels
     model = _call(networks[model_type], settings | {"in_channels": channels, "out_channels": out_channels})
     return wrapper(model, **for_wrapper)
@@ -67,8 +65,8 @@ def _score_sde(config: Config) -> nn.Module:
 
     model, data = dict(config["model"]), config["data"]
     shape = {key: data[key] for key in ("image_size", "num_channels", "centered")}
-    training_only = {"beta_min", "beta_max", "ema_rate", "nonlinearity", "normalization", "init_scale", "conv_size"}
-    unread = training_only | {"attention_type", "sigma_begin", "sigma_end"}
+    _check_only(model, nonlinearity="swish", normalization="GroupNorm", conv_size=3)
+    unread = {"attention_type", "beta_min", "beta_max", "ema_rate", "init_scale", "sigma_begin", "sigma_end"}
     return _call(NCSNpp, {key: value for key, value in model.items() if key not in unread} | shape)
 
 
@@ -84,8 +82,8 @@ def _adm(network: str) -> Callable[[Config], nn.Module]:
     def make(config: Config) -> nn.Module:
         from evodiff.models.networks import adm
 
-        unread = {"use_checkpoint", "use_fp16", "dims"}
-        settings = {key: value for key, value in config.items() if key not in unread}
+        settings = {key: value for key, value in config.items() if key not in ("use_checkpoint", "use_fp16")}
+        _check_only(settings, dims=2)
         return getattr(adm, network)(_call(adm.ADMConfig, settings))
 
     return make
@@ -98,6 +96,13 @@ BUILDERS: dict[str, Callable[[Config], nn.Module]] = {
     "guided_diffusion": _adm("UNetModel"),
     "guided_diffusion_classifier": _adm("EncoderUNetModel"),
 }
+
+
+def _check_only(settings: dict[str, Any], **only: Any) -> None:
+    """Take out what has one value here. Raises ConfigError for a network that was built with another."""
+    for key, value in only.items():
+        if settings.pop(key, value) != value:
+            raise ConfigError(f"{key} of this network differs; only {key}={value} is known here.")
 
 
 def _parameters(target: Callable[..., Any]) -> set[str]:

@@ -26,8 +26,8 @@ class Precond(nn.Module):
     the network was trained on.
     """
 
-    sigma_min: float = 0.0
-    sigma_max: float = math.inf
+    sigma_min: float
+    sigma_max: float
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -53,9 +53,9 @@ class Precond(nn.Module):
 class EDMPrecond(Precond):
     """Unit variance at the network's input and target (eq. 7)."""
 
-    def __init__(self, model: nn.Module, sigma_data: float = 0.5):
+    def __init__(self, model: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.0, sigma_max: float = math.inf):
         super().__init__(model)
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         variance = sigma**2 + self.sigma_data**2

@@ -1,4 +1,4 @@
-"""What a solver refuses when it is made: fields of a wrong type or value, each named with what is possible."""
+"""Fields of a wrong type or value, refused where a solver, schedule or guidance is made: named, with what may be."""
 
 import dataclasses
 import math
