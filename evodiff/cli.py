@@ -66,11 +66,11 @@ table.FIELD=VALUE     another table, like table.nfe=[5,10]; its pages have a fol
     "report": """usage: evodiff report NAME [key=value ...]
 
 Write the pages of a table from the records there are; nothing is sampled or scored.
-Keys as in `evodiff table --help`.""",
+Keys: limit, repeats and table.FIELD as in `evodiff table --help`.""",
     "show": """usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]
 
 Print the exact commands of a row's cells, and what papers they are from; without a row, the rows of the table.
-Keys as in `evodiff table --help`.""",
+Keys: limit, repeats and table.FIELD as in `evodiff table --help`.""",
     "wandb": """usage: evodiff wandb push TABLE [key=value ...]
 
 Show a table's records in Weights & Biases, also those of runs that ended long ago.

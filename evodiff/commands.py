@@ -322,9 +322,12 @@ def wandb_main(argv: list[str]) -> int:
 
 
 def report_main(argv: list[str]) -> int:
+    from evodiff.tables.status import refuse_others
     from evodiff.tables.table import Table
 
-    table = Table.of_file(*table_arguments("report", argv))
+    name, overrides = table_arguments("report", argv)
+    refuse_others("report", overrides)
+    table = Table.of_file(name, overrides)
     table.write()
     print(table.text())
     return 0

@@ -17,9 +17,12 @@ def results_folder() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """A file or folder that a configuration names: as it is from here if it exists, else from the project's root."""
+    """A file or folder that a configuration names: as it is from here if it exists, else from the project's root, or
+    for results/... from the folder of results."""
     path = Path(path).expanduser()
-    return path if path.exists() else ROOT / path
+    if path.exists():
+        return path
+    return results_folder() / Path(*path.parts[1:]) if path.parts[:1] == ("results",) else ROOT / path
 
 
 def check_checkout() -> None:

@@ -1,11 +1,13 @@
-"""report.html, read as text and looked at in a real browser (Chromium, where one is installed)."""
+"""report.html, read as text, its figures drawn by Node, and looked at in a real browser, where these are installed."""
 
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +16,20 @@ from PIL import Image
 from evodiff import plots
 from evodiff.config import compose
 from evodiff.plots import Curve, foremost, save_curves
+from evodiff.runs.job import Job
+from evodiff.runs.record import Record
+from evodiff.runs.score import score_files
+from evodiff.tables import html as report_page
 from evodiff.tables import published
-from evodiff.tables.chart import chart
+from evodiff.tables.chart import CHART_JS, chart
 from evodiff.tables.table import Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 FLAGS += ["--disable-component-update", "--no-first-run", "--hide-scrollbars", "--enable-logging=stderr"]
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium was found; install one to look at the page")
+NODE = shutil.which("node")
+needs_node = pytest.mark.skipif(NODE is None, reason="no Node was found; install it to draw figures without a browser")
 
 PAPERS = """model,method,variant,nfe,metric,value,images,guidance,source,table,confidence
 m,DDIM,<i>odd & name</i>,5,latent MSE,0.001,16,,A paper arXiv:1,Table 1,quoted
@@ -54,6 +62,161 @@ def browse(page, tmp_path, *flags):
     command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+PAGE_OF_ONE_CHART = """
+const element = () => ({
+  children: [], innerHTML: "", attributes: {}, classList: {toggle() {}}, querySelectorAll: () => [],
+  append(child) { this.children.push(child); }, setAttribute(key, value) { this.attributes[key] = value; },
+});
+const figure = element(), legend = element(), inputs = INPUTS;
+const box = {
+  querySelector: path => path === "script" ? {textContent: DATA} : path === "figure" ? figure :
+    path === ".legend" ? legend : inputs[path.match(/name=(\\w+)/)[1]] ?? null,
+  querySelectorAll: () => Object.values(inputs),
+};
+const document = {querySelectorAll: () => [box], createElement: element};
+SCRIPT
+const button = name => legend.children.find(b => b.innerHTML.endsWith(name));
+const click = name => button(name).onclick(), twice = name => { click(name); click(name); button(name).ondblclick(); };
+const set = (name, on) => { inputs[name].checked = on; inputs[name].onchange(); };
+const seen = [], look = () => seen.push({
+  figure: figure.innerHTML, legend: legend.children.map(b => b.innerHTML), pressed: legend.children.map(b => b.attributes["aria-pressed"]),
+});
+look();
+for (const action of ACTIONS) { eval(action); look(); }
+console.log(JSON.stringify(seen));
+"""
+"""What chart.js asks of a page, around one block of it."""
+
+
+def drawn(block, *actions):
+    """What a figure and its legend show at first, and after each action."""
+    data = re.search(r"(?s)json\">(.*?)</script>", block)[1]
+    inputs = {name: {"checked": bool(on)} for name, on in re.findall(r'name="(\w+)"( checked)?', block)}
+    words = {"DATA": data, "INPUTS": inputs, "ACTIONS": actions}
+    script = re.sub("|".join(words), lambda found: json.dumps(words[found[0]]), PAGE_OF_ONE_CHART)
+    done = subprocess.run(
+        [NODE, "-"], input=script.replace("SCRIPT", CHART_JS), capture_output=True, text=True, check=True, timeout=60
+    )
+    return json.loads(done.stdout)
+
+
+def rows_of(seen):
+    return re.findall('data-name="([^"]*)"', seen["figure"])
+
+
+@needs_node
+def test_a_row_is_isolated_and_the_others_come_back():
+    block = chart({name: Curve({5: 1.0, 9: 2.0}, {}, {}) for name in "abc"}, {}, "fid", "")
+    at_first, without_a, alone, again = drawn(block, "click('a')", "twice('b')", "twice('b')")
+    assert (rows_of(at_first), at_first["pressed"]) == ([*"abc"], ["true"] * 3)
+    assert (rows_of(without_a), without_a["pressed"]) == ([*"bc"], ["false", "true", "true"])
+    assert (rows_of(alone), rows_of(again)) == ([*"b"], [*"abc"])
+    assert again["pressed"] == ["true"] * 3
+
+
+@needs_node
+def test_sixty_rows_look_different_and_the_legend_shows_how():
+    block = chart({f"m{i:02}": Curve({5: 1.0, 9: 2.0}, {}, {}) for i in range(60)}, {}, "fid", "")
+    (seen,) = drawn(block)
+    look = re.compile('stroke="(#\\w+)" stroke-dasharray="([\\d ]*)"')
+    lines = [look.search(line).groups() for line in re.findall("<polyline.*?>", seen["figure"])]
+    assert len({*lines}) == 60
+    assert [look.search(sample).groups() for sample in seen["legend"]] == lines
+
+
+@needs_node
+@pytest.mark.parametrize("logarithmic", ["true", "false"])
+def test_bands_stay_in_the_figure(logarithmic):
+    curve = Curve({5: 1.0, 9: 2.0}, {5: 0.9, 9: 40.0}, {})
+    *_, seen = drawn(chart({"a": curve}, {}, "fid", ""), f"set('logy', {logarithmic})")
+    x, y, width, height = (
+        float(number) for number in re.search("<clipPath.*?<rect (.*?)/>", seen["figure"])[1].split('"')[1::2]
+    )
+    clip = re.search('<clipPath id="(.*?)"', seen["figure"])[1]
+    (band,) = re.findall(f'<g clip-path="url\\(#{clip}\\)"><polygon class="band" points="(.*?)"', seen["figure"])
+    points = np.array(band.split(), float).reshape(-1, 2)
+    assert (points >= (x, y)).all() and (points <= (x + width, y + height)).all()
+    assert np.ptp(points[:, 1]) > 0.8 * height  # and they are what the range is made for
+
+
+@needs_node
+def test_of_many_rows_the_foremost_are_shown_at_first():
+    curves = {f"m{i:02}": Curve({5: float(i + 1), 10: float(100 - i)}, {}, {}) for i in range(30)}
+    named = foremost(curves)
+    first, one_more = drawn(chart(curves, {}, "fid", "", named), "click('m15')")
+    assert rows_of(first) == named and len(first["legend"]) == 30
+    assert rows_of(one_more) == sorted([*named, "m15"])
+    (elsewhere,) = drawn(chart({"m15": curves["m15"]}, {}, "fid", "", named))
+    assert rows_of(elsewhere) == ["m15"]  # a metric without any of them shows what it has
+
+
+def test_confidence_is_named_for_what_it_is_from():
+    curves = {"a": Curve({5: 1.0}, {5: 0.1}, {})}
+    assert "95 % confidence</label>" in chart(curves, {}, "fid", "")
+    assert "95 % confidence, from one run's images</label>" in chart(curves, {}, "fid", "", one_set=True)
+    assert "95 %" not in chart({"a": Curve({5: 1.0}, {}, {})}, {}, "fid", "")
+
+
+@pytest.mark.parametrize(("sets", "told"), [(["0-99"], ", from one run's images"), (["0-99", "100-199"], "")])
+def test_a_page_tells_what_its_confidence_is_from(sets, told, small):
+    table = small(
+        {"DDIM": ["solver=ddim"]},
+        seeds=sets,
+        nfe=[5],
+        base=[
+            "model=mixture_digits",
+            "protocol=mnist",
+            "reference_run=null",
+            "metrics=[fid,ci]",
+            "shard=100",
+            "batch=100",
+        ],
+    )
+    assert table.make() == 0
+    page = (table.folder / "report.html").read_text()
+    assert f'name="bands" checked> 95 % confidence{told}</label>' in page
+
+
+def facts_of(table):
+    """The protocol as (name, value), as a reader sees them."""
+    block = re.search("(?s)<h2>Protocol</h2>(.*?)</table>", report_page.page(table))[1]
+    found = re.findall("<tr><th scope=row>(.*?)</th><td><code>(.*?)</code></td></tr>", block)
+    return [(name, html.unescape(value)) for name, value in found]
+
+
+def test_the_protocol_is_that_of_every_cell(results):
+    told = facts_of(Table.of_file("celeba64"))
+    values = [value for name, value in told if name == "t_start"]
+    assert values[0].startswith("0.901, of DDPM at NFE 10; DDIM at NFE 10;") and values[-1] == "None, of all others"
+    assert [value.partition(",")[0] for name, value in told if name == "denoise_final"] == ["True", "False"]
+    assert not {"compile", "t_end"} & dict(told).keys()  # as everywhere
+    networks = [value for name, value in facts_of(Table.of_file("cifar10_edm_nvlabs")) if name == "model"]
+    assert {value.partition(" ")[0] for value in networks} == {
+        f"cifar10_edm{x}" for x in ("", "_ve", "_cond", "_cond_ve")
+    }
+    assert ("precision", "fp16") in facts_of(Table.of_file("imagenet64_edm"))
+
+
+def test_the_protocol_names_the_runs_that_distances_are_to(results):
+    table = Table.of_file("sd_mse", ["repeats=1"])
+    told = facts_of(table)
+    scales = [value for name, value in told if name == "guidance"]
+    assert len(scales) == 2 and "scale=7.5), of EVODiff, scale 7.5;" in scales[0] and "scale=1.5" in scales[1]
+    words = [shlex.split(command) for name, command in told if name == "reference run"]
+    assert {tuple(command[:2]) for command in words} == {("evodiff", "run")}
+    assert [Job.compose(overrides).run.key() for _, _, *overrides in words] == [*table.references]
+    assert len(words) == 2
+
+
+def test_the_protocol_has_the_files_of_all_records(small):
+    table = small()
+    table.make()
+    paths = [next(iter(score_files(job))) for job in table.jobs.values()]
+    for digest, path in zip(("aa", "bb"), paths, strict=False):
+        replace(Record.read(path), weights={"network": digest}).write(path)
+    assert [value for name, value in facts_of(small()) if name == "sha256 of network"] == ["aa", "bb"]
 
 
 @needs_browser

@@ -79,6 +79,24 @@ def test_bold_is_the_best_number_that_is_shown():
     assert text.best(table, "fid@50000") == {("A", 10)}
 
 
+def test_a_mean_of_fewer_sets_of_seeds_is_marked_and_not_compared(small, results):
+    """Sets differ: at one NFE the mean of three and one alone are no match."""
+    sets = {"seeds": ["0-15", "16-31"], "nfe": [5, 6]}
+    table = small(None, **sets)
+    table.make()
+    assert "‡" not in table.text() and all(len(curve.values) == 2 for curve in table.curves("contrast@16").values())
+    records = table.folder / "records"
+    removed = table.jobs["EVODiff", 6, 1].run
+    shutil.rmtree(removed.folder)
+    (records / f"{removed.key()}.json").unlink()
+    table = small(None, **sets)
+    lines = [line for line in table.text().splitlines() if line.startswith("| EVODiff")]
+    assert all(line.count("‡") == 1 and line.rstrip(" |").endswith("‡") for line in lines)
+    assert "‡ of fewer sets of seeds than other cells" in table.text()
+    assert list(table.curves("contrast@16")["EVODiff"].values) == [5]
+    assert not {("EVODiff", 6)} & text.best(table, table.main_metric)
+
+
 def test_of_equal_numbers_each_is_bold():
     same = dict.fromkeys([("A", 10), ("B", 10)], Verdict((2.5,), 50_000, False, None))
     verdicts = {**same, ("C", 10): Verdict((2.6,), 50_000, False, None)}
@@ -171,10 +189,47 @@ def test_a_cell_is_the_mean_of_its_runs_beside_the_paper(with_papers, results):
     assert (line["state"], line["paper"], line["confidence"], line["runs"]) == ("off", "9.990", "read-from-figure", "2")
     assert float(line["difference"]) == pytest.approx(float(line["value"]) - 9.99)
     assert lines["EVODiff", "6", "rmse@250"]["paper"] == ""
-    marks = {"table.md": r"\* (9.990)", "table.tex": "* (9.990)", "report.html": "<small>9.990</small>"}
+    marks = {
+        "table.md": r"\* (9.990)",
+        "table.tex": "* (9.990)",
+        "report.html": "<small>9.990 read-from-figure</small>",
+    }
     for page, mark in marks.items():
         assert mark in (results / "tables" / "smoke" / page).read_text()
     assert "Trained" in (results / "tables" / "smoke" / "report.html").read_text()  # published only
+
+
+def test_the_page_shows_beside_each_number_what_is_told_of_it(with_papers, results):
+    """Without pointing at anything: a page is printed, and read on telephones."""
+    table = with_papers()
+    table.write()
+    page = re.sub('title="[^"]*"', "", (results / "tables" / "smoke" / "report.html").read_text(encoding="utf-8"))
+    cells = re.findall(
+        r"<td class=\"(\w+)[^>]*>([^<]+)<small>([^<]*)</small><small>Δ ([^ ]+) / ±([^ ]+) (\w+)</small>", page
+    )
+    for nfe, (kind, ours, paper, difference, tolerance, state) in zip((5, 6), cells, strict=True):
+        verdict = table.verdicts("mse@250")["DDIM", nfe]
+        assert paper == f"{verdict.paper.value} {verdict.paper.confidence}" and kind == state == verdict.state
+        assert float(difference) == pytest.approx(verdict.difference, rel=0.05)
+        assert float(tolerance) == pytest.approx(verdict.tolerance, rel=0.05)
+        assert ("*" in ours) == (state == "off")
+    assert page.count("<th scope=row>DDIM</th>") > 1
+    for told in (
+        "below ours the paper&#x27;s",
+        "± the standard deviation of one run",
+        "* beyond the tolerance of the paper&#x27;s number",
+        "two standard deviations of the difference",
+    ):
+        assert told in page
+    assert "* beyond the tolerance of the paper's number" in table.text() and "† " not in table.text()
+
+
+def test_a_page_explains_every_mark(with_papers):
+    trial = with_papers("limit=4")
+    trial.make()
+    page = (trial.folder / "report.html").read_text(encoding="utf-8")
+    assert "† on fewer images than the whole table&#x27;s" in page
+    assert {*text.MARKS.values(), text.FEWER} <= text.SIGNS.keys()
 
 
 def test_a_tracker_is_told_which_metric_a_paper_reports(with_papers):

@@ -11,7 +11,7 @@ import pytest
 import evodiff.config
 from evodiff.config import compose
 from evodiff.errors import ConfigError
-from evodiff.paths import ROOT
+from evodiff.paths import ROOT, results_folder
 from evodiff.runs.job import Job
 from evodiff.tables import throughput
 from evodiff.tables.status import cost, lines_of, missing_files, plan, unfinished
@@ -148,7 +148,7 @@ def test_statistics_whose_computation_was_broken_off_are_needed_still(tmp_path):
 def test_other_networks_of_a_row_are_needed_too():
     needed = "\n".join(missing_files(table("cifar10_edm_nvlabs")))
     assert "cifar10_edm_uncond_ve" in needed and "cifar10_edm_cond_vp" in needed
-    grids = ROOT / "results/grids"
+    grids = results_folder() / "grids"
     assert f"`evodiff gits model=cifar10_edm steps=4-25 out={grids}/gits_cifar10_edm.json`" in needed
 
 
@@ -202,6 +202,11 @@ def test_a_table_can_be_named_as_in_show(evodiff_command):
         (["show", "table=demo", "row=DDIM", "nfe=6"], "no cell at nfe=6; it has 5, 8, 10, 15"),
         (["show", "table=demo", "row=DDIM", "nfe=5,99"], "no cell at nfe=99; it has 5, 8, 10, 15"),
         (["status", "dmo"], "Did you mean demo?"),
+        (["show", "demo", "nfe=5"], "nfe=5 needs a row. `evodiff show demo` lists them."),
+        (["show", "demo", "tracker=wandb"], "tracker=wandb has no effect on `evodiff show`"),
+        (["report", "demo", "rows=[DDIM]"], "rows=[DDIM] has no effect on `evodiff report`, which makes no runs."),
+        (["report", "demo", "hydra.run.dir=x"], "hydra.run.dir=x has no effect on `evodiff report`"),
+        (["report", "demo", "hydra/launcher=joblib"], "Possible: limit, repeats, table.FIELD."),
     ],
 )
 def test_what_is_not_there_is_named(evodiff_command, argv, message):

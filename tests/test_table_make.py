@@ -228,6 +228,8 @@ def test_what_cells_read_is_computed_first(small, results, tmp_path):
     assert small(rows).make() == 0
     assert len(small(rows).records) == 4 and missing_inputs(small(rows)) == []
     assert json.loads((folder / "ems.json").read_text())["samples"] == 8
+    grid.unlink()
+    assert missing_inputs(small(rows)) == []  # nothing is left to sample with it
 
 
 def test_it_is_of_the_cells_model_and_on_the_tables_device(small, monkeypatch):

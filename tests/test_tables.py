@@ -258,6 +258,11 @@ def test_a_copied_table_that_keeps_its_old_name_is_refused(table_file, limit):
         Table.of_file(name, [limit])
 
 
+def test_the_name_of_a_table_stays():
+    with pytest.raises(ConfigError, match=r"table\.name cannot be changed: a table has the name of its file"):
+        Table.of_file("smoke", ["table.name=x"])
+
+
 def test_a_table_needs_no_name_but_its_files_and_one_number_is_enough(table_file):
     name = table_file(OWN)
     table = Table.of_file(name)
@@ -305,6 +310,14 @@ def with_row(field):
         (with_row("at: {nfe: 5}"), "row DDIM: at: expected a list like"),
         (with_row("published: {source: EDM}"), "row DDIM: published: expected a list like"),
         (with_row("published: [EDM]"), "row DDIM: published: expected a list like"),
+        (OWN.replace("title: a", "title: 2024"), "table {name}: 2024 is no text: put it in quotes"),
+        (OWN.replace("DDIM:", "5:"), "table {name}: 5 is no text: put it in quotes"),
+        (OWN.replace("DDIM:", "on:"), "table {name}: True is no text: put it in quotes"),
+        (OWN + "metric: FID\n", "table {name}: published and metric go together"),
+        (OWN + "published: cifar10_edm\n", "table {name}: published and metric go together"),
+        (OWN.replace("solver=ddim", "solver=ddim, nfe=9"), "row DDIM: nfe=9 has no effect: budgets are those of nfe"),
+        (OWN.replace("protocol=none", "nfe=9"), "table {name}: base: nfe=9 has no effect: budgets are those of nfe"),
+        (OWN + "at: [{nfe: [5], run: [nfe=9]}]\n", "row DDIM: nfe=9 has no effect: budgets are those of nfe"),
     ],
 )
 def test_what_is_no_list_is_told_with_an_example(table_file, content, message):
@@ -332,3 +345,8 @@ def test_impossible_limits_and_metrics_are_refused():
 def test_a_limit_that_limits_nothing_makes_no_proxy(results):
     table = table_with({"A": ["solver=ddim"]}, "limit=5000", base=["model=mixture", "protocol=none", "seeds=0-15"])
     assert table.images == 16 and not table.is_proxy(16)
+    whole = table_with({"A": ["solver=ddim"]}, "limit=16", base=["model=mixture", "protocol=none", "seeds=0-15"])
+    assert not whole.is_proxy(16) and whole.name == table.name == "smoke"
+    part = table_with({"A": ["solver=ddim"]}, "limit=15", base=["model=mixture", "protocol=none", "seeds=0-15"])
+    assert part.is_proxy(15) and part.name == "smoke-15"
+    assert table_with({"A": ["solver=ddim"]}, "limit=8", seeds=["0-7", "8-17"]).limit == 8

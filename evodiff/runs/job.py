@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evodiff.config import build, compose, nearest
 from evodiff.device import device_for
-from evodiff.errors import ConfigError
+from evodiff.errors import ConfigError, StoreError
 from evodiff.metrics.distances import AGAINST_REFERENCE, FROM_IMAGES, OF_IMAGES
 from evodiff.metrics.protocol import Protocol, from_dict
 from evodiff.metrics.score import METRICS
@@ -147,3 +147,12 @@ def metrics_of(cfg: DictConfig) -> tuple[str, ...]:
 def store_of(job: Job) -> SampleStore:
     needs = ("x",) if job.keeps_states else ()
     return SampleStore(job.run.folder, job.run.identity(), job.run.seed_range, job.shard, needs)
+
+
+def has_images(job: Job) -> bool:
+    """Whether the shards of a run are in its folder; they are not read."""
+    try:
+        shards = store_of(job).shards
+    except StoreError:
+        return False
+    return bool(shards) and all((job.run.folder / shard.file).exists() for shard in shards)

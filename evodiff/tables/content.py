@@ -1,6 +1,6 @@
 """What a file of configs/table may say."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from fnmatch import filter as matching
 from itertools import pairwise
 from typing import Any
@@ -36,6 +36,9 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[rang
         raise ConfigError(f"table {name}: {', '.join(unknown)} is no key; possible: {', '.join(KEYS)}")
     if missing := [key for key in ("title", "base", "rows", "nfe") if content.get(key) is None]:
         raise ConfigError(f"table {name} lacks {', '.join(missing)}: give it in its file in configs/table")
+    for text in (content["title"], *(content["rows"] if isinstance(content["rows"], dict) else ())):
+        if not isinstance(text, str):
+            raise ConfigError(f"table {name}: {text!r} is no text: put it in quotes, a title as well as a row's name")
     if not isinstance(content.get("published"), str | None):
         raise ConfigError(
             f"table {name}: published: expected the name of a file of results/published, like cifar10_edm, not "
@@ -46,6 +49,8 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Row], tuple[rang
             raise ConfigError(f"{key}={cfg[key]} is impossible: expected a number of at least 1, or null for all.")
     if (metric := content.get("metric")) is not None and metric not in PAPER_METRICS:
         raise ConfigError(f"metric={metric} is not known; possible: {', '.join(PAPER_METRICS)}.")
+    if (content.get("published") is None) != (metric is None):
+        raise ConfigError(f"table {name}: published and metric go together: numbers of papers, and what they are of.")
     rows, ranges = _rows(content), content.get("seeds") or ()
     if (cfg.repeats or 1) > max(len(ranges), 1):
         many = f"{max(len(ranges), 1)} range{'s' * (len(ranges) > 1)} of seeds"
@@ -103,7 +108,18 @@ def _rows(content: dict[str, Any]) -> dict[str, Row]:
     for name, fields in rows.items():
         if isinstance(fields, dict):
             _check_lists(f"row {name}", fields, "nfe", "at", "published")
-    return {name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in rows.items()}
+    _check_budgets(f"table {content['name']}: base", content["base"])
+    found = {name: Row.of(name, row, content["nfe"], content.get("at") or ()) for name, row in rows.items()}
+    for row in found.values():
+        for overrides in (row.run, *(entry["run"] for entry in (*row.everywhere, *row.at))):
+            _check_budgets(f"row {row.name}", overrides)
+    return found
+
+
+def _check_budgets(where: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an NFE among them, which the table's column would take the place of."""
+    if given := [text for text in overrides if text.lstrip("+").startswith("nfe=")]:
+        raise ConfigError(f"{where}: {given[0]} has no effect: budgets are those of nfe, the table's or the row's")
 
 
 def _check_lists(where: str, fields: dict[str, Any], *keys: str) -> None:

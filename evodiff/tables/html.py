@@ -3,15 +3,20 @@
 import base64
 import html as markup
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from evodiff.config import compose
+from evodiff.plots import foremost
+from evodiff.runs.run import Run
 from evodiff.tables import samples
 from evodiff.tables.chart import CHART_CSS, CHART_JS, chart
 from evodiff.tables.published import STATES, Verdict
-from evodiff.tables.text import best, commands, footer, ours_and_paper, show
+from evodiff.tables.text import best, commands, footer, notes, ours_and_paper
 
 if TYPE_CHECKING:
     from evodiff.tables.table import Table
@@ -35,19 +40,26 @@ STATES_EXPLAINED = {
     "missing": "not run yet",
     "done": "no paper to compare with",
 }
+MISSING = "–"
 TOLERANCE = (
-    "Each cell: ours ± the standard deviation between ranges of seeds, and below it the paper's number. The tolerance "
-    "is two standard deviations of the difference (of one run: as between our seeds, but at least 1 % of the value at "
-    "50,000 images, growing like 1/√N), and half a digit of the paper's number. Where a paper reports the least of "
-    "three runs, so do we. Point at a cell for its source."
+    "Below a number with a published one: that, how surely it was read, and Δ, ours less the paper's, beside the "
+    "tolerance. That is two standard deviations of the difference (of one run: as between our seeds, but at least 1 % "
+    "of the value at 50,000 images, growing like 1/√N), and half a digit of the paper's number. Where a paper reports "
+    "the least of three runs, so do we. Point at a cell for its source."
 )
+ALWAYS = ("model", "guidance", "noise", "dtype", "precision", "rounding", "threshold")
+"""Of a run, what the protocol tells although it be the default; solver, grid, NFE and seeds are told elsewhere."""
+ELSEWHERE = ("solver", "grid", "nfe", "seeds")
+OF_SOLVER = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end", "seeds")
+"""What a reference run has of its own, and not of a cell."""
 
 
 def page(table: "Table") -> str:
     """The page of the records there are."""
     blocks = [f"<h1>{_text(table.title)}</h1>", f"<p>{_inline(footer(table))}</p>", _states(table)]
+    named = foremost(table.curves(table.metrics[0])) if table.metrics else []
     for metric in table.metrics:
-        blocks += _metric(table, metric)
+        blocks += _metric(table, metric, named)
     sheet = table.folder / "samples.png"
     blocks += _picture(sheet, "Samples", samples.caption(sheet, table))
     blocks += _picture(
@@ -64,29 +76,31 @@ def _states(table: "Table") -> str:
     if table.metric is None:
         return ""
     counts = Counter(v.state for v in table.verdicts(table.metrics[0]).values())
-    chips = "".join(
-        f'<span class="chip {state}" title="{_text(STATES_EXPLAINED[state])}">{counts[state]} {state}</span>'
+    chips = " ".join(
+        f'<span class="chip {state}" title="{_text(STATES_EXPLAINED[state])}">{counts[state]} {state}</span> '
+        f"<small>{_text(STATES_EXPLAINED[state])}</small>"
         for state in STATES
         if counts[state]
     )
     return f"<p>{chips}</p>"
 
 
-def _metric(table: "Table", metric: str) -> list[str]:
-    prefix = metric.split("@")[0]
+def _metric(table: "Table", metric: str, named: Collection[str]) -> list[str]:
+    prefix, verdicts = metric.split("@")[0], table.verdicts(metric).values()
     fallback = _image(table.folder / f"{table.stem(metric)}.svg", metric)
-    compared = any(v.paper for v in table.verdicts(metric).values())
+    compared, one_set = any(v.paper for v in verdicts), all(len(v.values) < 2 for v in verdicts)
     return [
         f"<h2>{_text(metric)}</h2><p>{_text(EXPLAINED.get(prefix, ''))}</p>",
-        chart(table.curves(metric), table.levels(metric), metric, fallback),
+        chart(table.curves(metric), table.levels(metric), metric, fallback, named, one_set),
         f"<p>{_text(TOLERANCE)}</p>" if compared else "",
         _grid(table, metric),
+        f"<p>{_text('; '.join(notes(table, metric, MISSING, 'below ours')))}</p>",
     ]
 
 
 def _grid(table: "Table", metric: str) -> str:
     lead, verdicts = best(table, metric), table.verdicts(metric)
-    head = "".join(f"<th>NFE {n}</th>" for n in table.nfe)
+    head = "".join(f"<th scope=col>NFE {n}</th>" for n in table.nfe)
     body = ""
     for row in table.rows:
         tds = ""
@@ -97,22 +111,27 @@ def _grid(table: "Table", metric: str) -> str:
                 continue
             classes = f"{verdict.state}{' best' if (row, nfe) in lead else ''}"
             tds += f'<td class="{classes}" title="{_text(_told(table, row, nfe, verdict))}">{_cell(verdict)}</td>'
-        body += f"<tr><td>{_text(row)}</td>{tds}</tr>"
-    note = "; ".join(f"{label}: {show(value)}" for label, value in table.levels(metric).items())
-    return f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div><p>{_text(note)}</p>"
+        body += f"<tr><th scope=row>{_text(row)}</th>{tds}</tr>"
+    return f"<div class=scroll><table><tr><td></td>{head}</tr>{body}</table></div>"
 
 
 def _cell(verdict: Verdict) -> str:
-    paper = f"<small>{_text(verdict.paper.value)}</small>" if verdict.paper is not None else ""
-    ours = "&ndash;" if verdict.ours is None else _text(ours_and_paper(verdict).partition(" (")[0])
-    return ours + paper
+    """Ours, and in small lines the paper's number with its confidence, the difference and the state."""
+    ours = _text(ours_and_paper(verdict, MISSING).partition(" (")[0])
+    if verdict.paper is None:
+        return ours
+    apart = ""
+    if verdict.difference is not None and verdict.tolerance is not None:
+        apart = f"Δ {verdict.difference:+.2g} / ±{verdict.tolerance:.2g} "
+    lines = (f"{verdict.paper.value} {verdict.paper.confidence}", f"{apart}{verdict.state}")
+    return ours + "".join(f"<small>{_text(line)}</small>" for line in lines)
 
 
 def _told(table: "Table", row: str, nfe: int, verdict: Verdict) -> str:
     told = [f"{row}, NFE {nfe}: {verdict.state}, {STATES_EXPLAINED[verdict.state]}"]
     if verdict.values:
         told.append(f"{len(verdict.values)} of {len(table.cells[row, nfe].jobs)} runs")
-    if verdict.difference is not None and verdict.tolerance is not None and not verdict.proxy:
+    if verdict.difference is not None and verdict.tolerance is not None:
         told.append(f"difference {verdict.difference:+.3g}, tolerance {verdict.tolerance:.2g}")
     if verdict.paper is not None:
         told += [f"{p.value}: {p.cite} ({p.confidence}{', ' if p.variant else ''}{p.variant})"
@@ -157,18 +176,66 @@ def _papers_only(table: "Table") -> list[str]:
 def _protocol(table: "Table") -> list[str]:
     protocol = next(iter(table.jobs.values())).protocol
     records = list(table.records.values())
-    facts = list(protocol.describe().items()) if protocol is not None else [("features", "none are taken")]
-    facts += [
-        (f"sha256 of {name}", digest) for r in records[:1] for name, digest in (*r.weights.items(), *r.files.items())
-    ]
-    run = next(iter(table.jobs.values())).run.as_dict()
-    facts += [(key, run[key]) for key in ("model", "guidance", "noise", "dtype", "rounding", "threshold")]
+    facts: list[tuple[str, Any]] = [*protocol.describe().items()] if protocol else [("features", "none are taken")]
+    facts += dict.fromkeys(
+        (f"sha256 of {name}", digest) for r in records for name, digest in (r.weights | r.files).items()
+    )
+    facts += _settings(table)
     seeds = sorted({job.run.seeds for job in table.jobs.values()})
     facts += [("seeds", ", ".join(f"{first}-{last}" for first, last in seeds))]
+    facts += [("reference run", command) for command in _references(table)]
     made_by = sorted({", ".join(f"{k} {v}" for k, v in r.versions.items()) for r in records})
     made_on = sorted({r.device for r in records})
     facts += [("versions", "; ".join(made_by) or "–"), ("device", "; ".join(made_on) or "–")]
-    return ["<h2>Protocol</h2>", _rows(["", ""], [[_text(str(k)), f"<code>{_text(str(v))}</code>"] for k, v in facts])]
+    return ["<h2>Protocol</h2>", _rows([], [[_text(str(k)), f"<code>{_text(str(v))}</code>"] for k, v in facts])]
+
+
+def _settings(table: "Table") -> list[tuple[str, str]]:
+    """What the runs were made with besides solver, grid and seeds: what differs between them, with the cells it is of,
+    the most common last."""
+    runs = {place[:2]: job.run.as_dict() for place, job in table.jobs.items()}  # of its sets of seeds one is as another
+    common = compose("run", [])
+    facts = []
+    for key in (field.name for field in fields(Run) if field.name not in ELSEWHERE):
+        cells: dict[str, list[tuple[str, int]]] = {}
+        for place, run in runs.items():
+            cells.setdefault(_setting(run[key]), []).append(place)
+        *others, (usual, _) = sorted(cells.items(), key=lambda item: len(item[1]))
+        facts += [(key, f"{value}, of {_places(table, places)}") for value, places in others]
+        if others or key in ALWAYS or usual != _setting(common[key]):
+            facts.append((key, f"{usual}{', of all others' * bool(others)}"))
+    return facts
+
+
+def _setting(value: Any) -> str:
+    """A group by its name and fields."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    return f"{value['name']} ({', '.join(f'{k}={v}' for k, v in value.items() if k != 'name')})"
+
+
+def _places(table: "Table", places: Iterable[tuple[str, int]]) -> str:
+    """Rows, and those of which these are only some of the cells with their NFE."""
+    budgets: dict[str, list[int]] = {}
+    for row, nfe in places:
+        budgets.setdefault(row, []).append(nfe)
+    return "; ".join(
+        row if len(found) == len(table.rows[row].nfe) else f"{row} at NFE {' and '.join(map(str, found))}"
+        for row, found in budgets.items()
+    )
+
+
+def _references(table: "Table") -> list[str]:
+    """The commands of the converged runs."""
+    of = {job.reference_run.key(): (row, nfe) for (row, nfe, _), job in table.jobs.items() if job.reference_run}
+    found = []
+    for key, job in table.references.items():
+        overrides = [*table.base, *table.cells[of[key]].overrides]
+        own = compose("run", overrides).reference_run
+        kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in OF_SOLVER]
+        words = ["evodiff", "run", *kept, *map(str, own), "seeds={}-{}".format(*job.run.seeds)]
+        found.append(shlex.join(words))
+    return found
 
 
 def _commands(table: "Table") -> list[str]:
@@ -187,10 +254,13 @@ def _details(summary: str, content: str, opened: bool = False) -> str:
     return f"<details{' open' if opened else ''}><summary>{_text(summary)}</summary>{content}</details>"
 
 
-def _rows(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    first = "".join(f"<th>{_text(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=scroll><table class=facts><tr>{first}</tr>{body}</table></div>"
+def _rows(head: Collection[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = "".join(f"<th scope=col>{_text(name)}</th>" for name in head)
+    first = f"<tr>{titles}</tr>" if head else ""
+    body = "".join(
+        f"<tr><th scope=row>{name}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>" for name, *cells in rows
+    )
+    return f"<div class=scroll><table class=facts>{first}{body}</table></div>"
 
 
 def _text(words: str) -> str:
@@ -214,7 +284,8 @@ h1 {{ font-size: 1.6rem; line-height: 1.25; }} h2 {{ font-size: 1.25rem; margin-
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }}
 th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #e2e2e2; text-align: right; white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
-td.best {{ font-weight: 700; }} td small {{ display: block; color: #777; font-weight: 400; line-height: 1.1; }}
+th[scope=row] {{ font-weight: 400; }} td.best {{ font-weight: 700; }}
+td small {{ display: block; color: #777; font-weight: 400; line-height: 1.1; }}
 td.ok, .chip.ok {{ background: #e7f4e8; }} td.off, .chip.off {{ background: #fbe3dd; }}
 td.proxy, .chip.proxy {{ background: #fdf3d6; }} td.missing {{ color: #999; }} .chip.missing {{ background: #eee; }}
 .chip {{ padding: .15rem .6rem; border-radius: 1rem; margin-right: .5rem; font-size: .85rem; background: #eef; }}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evodiff.paths import resolve
+from evodiff.runs.job import has_images
 from evodiff.runs.run import Run
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ class Missing(NamedTuple):
 
 
 def missing_inputs(table: "Table") -> list[Missing]:
-    """Of the cells that are to be made, in the order of the rows, each once."""
+    """Of the cells that are to be sampled, in the order of the rows, each once."""
     fields = [override for override in table.base if override.startswith("model.")]
-    runs = [job.run for job in table.todo.values()]
+    runs = [job.run for job in table.todo.values() if not has_images(job)]
     return list(dict.fromkeys(m for run in runs for m in _of_run(run, [f"model={run.model['name']}", *fields])))
 
 

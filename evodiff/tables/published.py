@@ -101,7 +101,9 @@ def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[i
     `plus` is added to the source's NFE (a source that counts steps of a method that spends more). Raises ConfigError if
     nothing is described, or one NFE twice.
     """
-    columns = {k: str(v) for k, v in words.items() if k != "plus"}
+    columns, plus = {k: str(v) for k, v in words.items() if k != "plus"}, words.get("plus", 0)
+    if type(plus) is not int:
+        raise ConfigError(f"published: plus={plus!r} is impossible; expected the evaluations that a source leaves out")
     unknown = sorted(columns.keys() - {"model", "method", "variant", "source", "table", "metric", "guidance"})
     if unknown:
         raise ConfigError(f"published: {', '.join(unknown)} is no column; see results/published/README.md")
@@ -109,7 +111,7 @@ def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[i
     for p in published:
         equal = all(getattr(p, k) == v or (k == "source" and p.source.startswith(v)) for k, v in columns.items())
         if equal and p.nfe is not None:
-            nfe = p.nfe + int(words.get("plus", 0))
+            nfe = p.nfe + plus
             if nfe in found:
                 raise ConfigError(f"published: {dict(columns)} describes two numbers at NFE {p.nfe}; add a column")
             found[nfe] = p
@@ -128,6 +130,8 @@ class Verdict:
     paper: Published | None
     standard_error: float | None = None
     """Of one run, where it was measured (metrics=[..., ci]): the root mean square over our runs."""
+    fewer: bool = False
+    """Other cells of the table have more sets of seeds: a mean of these is no match for theirs."""
 
     @property
     def mean(self) -> float:
@@ -159,7 +163,10 @@ class Verdict:
 
     @property
     def difference(self) -> float | None:
-        return None if self.ours is None or self.paper is None else self.ours - self.paper.number
+        """None for a proxy as well, which is not compared."""
+        if self.proxy or self.ours is None or self.paper is None:
+            return None
+        return self.ours - self.paper.number
 
     @property
     def tolerance(self) -> float | None:
@@ -169,7 +176,7 @@ class Verdict:
         The variance of the mean of k runs is 1/k of one run's, of the least of three 0.559 of it; the paper's number is
         one run unless it says more. Fewer than three of ours have no least of three: their mean lies above it.
         """
-        if self.paper is None or not self.values:
+        if self.proxy or self.paper is None or not self.values:
             return None
         assumed = RELATIVE_SD * abs(self.paper.number) * math.sqrt(50_000 / self.images)
         one = max(assumed, self.sd or 0.0, self.standard_error or 0.0)

@@ -5,22 +5,25 @@ import argparse
 import os
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 from evodiff.checkpoints import needs
 from evodiff.checkpoints.registry import find
 from evodiff.config import choices, nearest
-from evodiff.errors import ConfigError, EvodiffError, StoreError
+from evodiff.errors import ConfigError, EvodiffError
 from evodiff.paths import ROOT
-from evodiff.runs.job import Job, store_of
+from evodiff.runs.job import has_images
 from evodiff.runs.run import Run
 from evodiff.tables.inputs import missing_inputs
 from evodiff.tables.published import STATES
 from evodiff.tables.table import Table
 from evodiff.tables.text import commands, show
 from evodiff.tables.throughput import Rate, known_rates, passes, rate_on
+
+OF_CONTENT = ("limit", "repeats")
+"""Keys that make it another table, beside table.FIELD."""
 
 
 def main(argv: list[str]) -> int:
@@ -74,15 +77,6 @@ def lines_of(table: Table, details: bool = False) -> Iterator[str]:
         yield from (f"  {line}" for line in cost(table, unfinished(table)))
         if not lacking:
             yield f"  nothing else is needed: `make table-{table.config}`"
-
-
-def has_images(job: Job) -> bool:
-    """Whether the shards of a run are in its folder; they are not read."""
-    try:
-        shards = store_of(job).shards
-    except StoreError:
-        return False
-    return bool(shards) and all((job.run.folder / shard.file).exists() for shard in shards)
 
 
 def missing_files(table: Table) -> Iterator[str]:
@@ -160,6 +154,17 @@ def names() -> str:
     return ", ".join(choices("table"))
 
 
+def refuse_others(command: str, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for keys that say how runs are made: this command makes none."""
+    for text in overrides:
+        key = text.lstrip("+~").split("=")[0]
+        if key not in OF_CONTENT and not key.startswith("table."):
+            possible = ", ".join((*OF_CONTENT, "table.FIELD"))
+            raise ConfigError(
+                f"{text} has no effect on `evodiff {command}`, which makes no runs. Possible: {possible}."
+            )
+
+
 def show_main(argv: list[str]) -> int:
     """`evodiff show NAME [row=ROW] [nfe=N,...] [key=value ...]`: the commands of cells, or the rows there are."""
     given = dict(arg.partition("=")[::2] for arg in argv)
@@ -170,7 +175,11 @@ def show_main(argv: list[str]) -> int:
         raise ConfigError(f"usage: evodiff show table=NAME [row=ROW] [nfe=N,...] [key=value ...]. Tables: {names()}.")
     if name not in choices("table"):
         raise ConfigError(f"{name} is no table.{nearest(name, choices('table'))} Possible: {names()}.")
-    table = Table.of_file(name, [f"{k}={v}" for k, v in given.items()])
+    overrides = [f"{k}={v}" for k, v in given.items()]
+    refuse_others("show", overrides)
+    if row is None and nfe is not None:
+        raise ConfigError(f"nfe={nfe} needs a row. `evodiff show {name}` lists them.")
+    table = Table.of_file(name, overrides)
     if row is None:
         for r in table.rows.values():
             print(f"evodiff show table={name} row={shlex.quote(r.name)} nfe={','.join(map(str, r.nfe))}")

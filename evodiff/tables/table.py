@@ -45,7 +45,7 @@ class Table:
     seeds: tuple[range, ...]
     limit: int | None
     repeats: int | None
-    """How many ranges of seeds, where these are not all."""
+    """How many ranges of seeds, where these are not all; so is `limit`, the images of each range."""
     published: str | None
     metric: str | None
     changes: tuple[str, ...] = ()
@@ -54,6 +54,8 @@ class Table:
     @classmethod
     def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
         """The table of configs/table/NAME.yaml. Raises ConfigError for a file that cannot be read, or is another's."""
+        if any(text.lstrip("+~").startswith("table.name") for text in overrides):
+            raise ConfigError("table.name cannot be changed: a table has the name of its file. Leave it out.")
         cfg = compose("table", [f"table={name}", *overrides])
         if cfg.table.name != name:  # its results would take the place of the other's
             raise ConfigError(
@@ -66,6 +68,7 @@ class Table:
     def from_config(cls, cfg: DictConfig, changes: Sequence[str] = ()) -> "Table":
         """`changes` are the overrides of what its file says. Raises ConfigError for what is no table."""
         content, rows, seeds = checked(cfg)
+        spans = seeds or ([Job.compose(content["base"]).run.seed_range] if cfg.limit else [])
         return cls(
             config=content["name"],
             title=content["title"],
@@ -75,7 +78,7 @@ class Table:
             tracker=build(cfg.tracker),
             device=cfg.device,
             seeds=seeds,
-            limit=cfg.limit,
+            limit=cfg.limit if any(len(span) > (cfg.limit or len(span)) for span in spans) else None,
             repeats=cfg.repeats if len(seeds) < len(content.get("seeds") or ()) else None,
             published=content.get("published"),
             metric=content.get("metric"),
@@ -317,7 +320,8 @@ class Table:
             errors = [measured[key] for measured in done if (key := metric.replace("@", "_se@")) in measured]
             error = math.sqrt(fmean(e**2 for e in errors)) if errors else None
             found[place] = Verdict(values, images, self.is_proxy(images), paper, error)
-        return found
+        most = max((len(verdict.values) for verdict in found.values()), default=0)
+        return {place: replace(v, fewer=0 < len(v.values) < most) for place, v in found.items()}
 
     def is_proxy(self, images: int) -> bool:
         """Whether a metric of so many images has another number of them than the papers' or the protocol's."""
@@ -326,10 +330,11 @@ class Table:
         return images == self.limit or wanted not in (None, images)
 
     def curves(self, metric: str) -> dict[str, Curve]:
-        """For the figures: ours with their confidence, and the papers'."""
+        """For the figures: ours with their confidence, and the papers'. A point of fewer sets of seeds than others have
+        would bend its curve."""
         curves = {row: Curve({}, {}, {}) for row in self.rows}
         for (row, nfe), verdict in self.verdicts(metric).items():
-            if verdict.values:
+            if verdict.values and not verdict.fewer:
                 curves[row].values[nfe] = verdict.mean
                 if (half := verdict.confidence) is not None:
                     curves[row].half_widths[nfe] = half

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 
 MARKS = {"proxy": "†", "off": "*"}
 """After a number: taken on another number of images than is asked for; beyond the tolerance of the paper's."""
+FEWER = "‡"
+"""After a mean of fewer sets of seeds than other cells have."""
+SIGNS = {
+    "±": "the standard deviation of one run, between its sets of seeds or, of one set, from its images",
+    MARKS["off"]: "beyond the tolerance of the paper's number",
+    MARKS["proxy"]: "on fewer images than the whole table's",
+    FEWER: "of fewer sets of seeds than other cells",
+    "–": "not run",
+}
+"""What signs of a cell mean."""
 HIGHER = ("is", "precision", "recall", "density", "coverage")
 
 
@@ -28,7 +38,7 @@ def best(table: "Table", metric: str) -> set[tuple[str, int]]:
     prefix = metric.split("@")[0]
     if prefix in OF_IMAGES:
         return set()
-    ours = {place: v.ours for place, v in table.verdicts(metric).items() if v.ours is not None}
+    ours = {place: v.ours for place, v in table.verdicts(metric).items() if v.ours is not None and not v.fewer}
     choose = max if prefix.startswith(HIGHER) else min
     lead = {nfe: choose(value for place, value in ours.items() if place[1] == nfe) for nfe in {n for _, n in ours}}
     return {place for place, value in ours.items() if value == lead[place[1]]}
@@ -45,7 +55,7 @@ def ours_and_paper(verdict: Verdict, missing: str = "missing") -> str:
     if verdict.scatter is not None:
         wide = digits is not None and verdict.scatter >= 10.0**-digits
         spread = f"±{verdict.scatter:.{digits}f}" if wide else f"±{float(f'{verdict.scatter:.1g}'):g}"
-    return f"{ours}{spread}{MARKS.get(verdict.state, '')}{paper}"
+    return f"{ours}{spread}{MARKS.get(verdict.state, '')}{FEWER * verdict.fewer}{paper}"
 
 
 def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
@@ -58,20 +68,21 @@ def markdown(table: "Table", metrics: Sequence[str] | None = None) -> str:
         for row, cells in _grid(table, metric, lambda shown: f"**{shown}**", missing, plain):
             name = row.replace("|", r"\|")
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        notes = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
-        if any(v.scatter is not None for v in table.verdicts(metric).values()):
-            notes.append(
-                "± the standard deviation of one run, between its sets of seeds or, of one set, from its images"
-            )
-        if any(v.paper for v in table.verdicts(metric).values()):
-            papers = [v.paper for v in table.verdicts(metric).values() if v.paper]
-            notes_on = sum(paper.confidence == "secondary-note" for paper in papers)
-            unchecked = f" ({notes_on} of {len(papers)} from notes on it, not checked)" if notes_on else ""
-            notes.append(f"in brackets the paper's{unchecked}; * beyond the tolerance, – not run")
-        if any(v.state == "proxy" for v in table.verdicts(metric).values()):
-            notes.append("† on fewer images than the whole table's")
-        parts.append("\n".join(lines) + (f"\n\n{'; '.join(notes)}" if notes else ""))
+        told = notes(table, metric, missing)
+        parts.append("\n".join(lines) + (f"\n\n{'; '.join(told)}" if told else ""))
     return "\n\n".join(parts) + "\n\n" + footer(table) + "\n"
+
+
+def notes(table: "Table", metric: str, missing: str, where: str = "in brackets") -> list[str]:
+    """What else the metric has, `where` the papers' numbers stand, and what the signs mean that cells show."""
+    verdicts = table.verdicts(metric).values()
+    told = [f"{label}: {show(value)}" for label, value in table.levels(metric).items()]
+    if papers := [v.paper for v in verdicts if v.paper]:
+        notes_on = sum(paper.confidence == "secondary-note" for paper in papers)
+        unchecked = f" ({notes_on} of {len(papers)} from notes on it, not checked)" if notes_on else ""
+        told.append(f"{where} the paper's{unchecked}")
+    shown = "".join(ours_and_paper(v, missing) for v in verdicts)
+    return told + [f"{sign} {meaning}" for sign, meaning in SIGNS.items() if sign in shown]
 
 
 def latex(table: "Table") -> str:
@@ -154,7 +165,7 @@ def plain(text: str) -> str:
 
 TEX = {sign: f"\\{sign}" for sign in "_%&#${}"} | {sign: f"${sign}$" for sign in "<>|"}
 TEX |= {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
-TEX |= {"±": r"$\pm$", "†": r"\textsuperscript{\dag}", "–": "--"}
+TEX |= {"±": r"$\pm$", "†": r"\textsuperscript{\dag}", "‡": r"\textsuperscript{\ddag}", "–": "--"}
 """What LaTeX writes as something else."""
 
 

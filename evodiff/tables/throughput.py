@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,15 @@ def rate_on(rates: Mapping[str, Rate], model: str) -> Rate | None:
 
 def passes(run: Run) -> float:
     """What a guided evaluation of a run costs, in evaluations of its network."""
-    of = _read(OPERATIONS).get(run.model["name"], {})
-    if run.guidance["name"] == "classifier" and "classifier" in of:
+    return _passes(run.model["name"], json.dumps(run.guidance))
+
+
+@cache
+def _passes(model: str, guidance: str) -> float:
+    of = _read(OPERATIONS).get(model, {})
+    if json.loads(guidance)["name"] == "classifier" and "classifier" in of:
         return 1 + of["classifier"] / of["network"]
-    return build(run.guidance).network_passes
+    return build(json.loads(guidance)).network_passes
 
 
 def _read(path: Path) -> dict[str, Any]:
