@@ -33,6 +33,12 @@ class Numbers:
         unfinished = {nfe for (_, nfe), verdict in self.verdicts["fd"].items() if not verdict.values}
         return [nfe for nfe in self.table.nfe if nfe not in unfinished]
 
+    @property
+    def gained(self) -> list[int]:
+        """The budgets at which every row was scored with gains."""
+        without = {nfe for (_, nfe, k), key in self.table.keys.items() if k == 0 and key not in self.matched}
+        return [nfe for nfe in self.nfe if nfe not in without]
+
     def __call__(self, metric: str, row: str, nfe: int) -> float:
         return self.verdicts[metric][row, nfe].mean
 
@@ -62,17 +68,18 @@ def sd(verdict: Verdict) -> float:
     return max(verdict.standard_error, verdict.sd or 0.0)
 
 
-def told_apart(a: Verdict, b: Verdict) -> bool:
-    """Whether two scores differ by more than 1.96 standard deviations of their difference, as if from other seeds."""
-    return abs(a.mean - b.mean) > 1.96 * math.hypot(sd(a), sd(b))
+def told_apart(a: Verdict, b: Verdict, wider: float) -> bool:
+    """Whether two scores differ by more than 1.96 standard deviations of their difference, as if from other seeds; of
+    one set of seeds each is taken `wider` than its own images tell."""
+    return abs(a.mean - b.mean) > 1.96 * wider * math.hypot(sd(a), sd(b))
 
 
-def leads(numbers: Numbers) -> str:
+def leads(numbers: Numbers, wider: float) -> str:
     """By distance: who is best at which NFE, and where the next one cannot be told from it."""
     budgets: dict[str, list[int]] = {}
     for nfe in numbers.nfe:
         (first, best), (second, next_best), *_ = numbers.column("fd", nfe).items()
-        label = first if told_apart(best, next_best) else f"{first}, not told apart from {second},"
+        label = first if told_apart(best, next_best, wider) else f"{first}, not told apart from {second},"
         budgets.setdefault(label, []).append(nfe)
     return "; ".join(f"{row} at {runs_of(found)}" for row, found in budgets.items())
 
@@ -97,17 +104,18 @@ def between_over_within(numbers: Numbers) -> tuple[float, int]:
 
 
 def first_places(numbers: Numbers) -> dict[int, set[str]]:
-    """By NFE, the rows that have the least distance in some set of seeds."""
-    columns = {nfe: numbers.column("fd", nfe) for nfe in numbers.nfe}
+    """By NFE, the rows that have the least distance in some set of seeds, where all sets are done."""
+    sets = sets_of(numbers)
+    columns = {nfe: numbers.column("fd", nfe) for nfe, n in sets.items() if n == max(sets.values())}
     return {
-        nfe: {min(column, key=lambda row: column[row].values[k]) for k in range(sets)}
-        for (nfe, column), sets in zip(columns.items(), sets_of(numbers), strict=True)
+        nfe: {min(column, key=lambda row: column[row].values[k]) for k in range(sets[nfe])}
+        for nfe, column in columns.items()
     }
 
 
-def sets_of(numbers: Numbers) -> list[int]:
-    """Of how many sets of seeds every row is done, by NFE."""
-    return [min(len(v.values) for v in numbers.column("fd", nfe).values()) for nfe in numbers.nfe]
+def sets_of(numbers: Numbers) -> dict[int, int]:
+    """By NFE, of how many sets of seeds every row is done."""
+    return {nfe: min(len(v.values) for v in numbers.column("fd", nfe).values()) for nfe in numbers.nfe}
 
 
 def places(*tables: Numbers) -> str:
@@ -124,6 +132,24 @@ def places(*tables: Numbers) -> str:
             first.append(", ".join(f"{named(rows)} {show(column[rows[0]].mean)}" for rows in ranked[:4]))
             place.append(f"{number(ranked, 'evodiff')} by {by}")
         lines.append(f"| {nfe} | {' | '.join(first)} | {', '.join(place)}, of {len(samplers)} |")
+    return "\n".join(lines)
+
+
+def by_gain(numbers: Numbers, nfe: int) -> list[list[str]]:
+    """The samplers at one NFE, the one with the least distance after its best gain first."""
+    return sorted(distinct(numbers, nfe), key=lambda rows: numbers.with_gain(rows[0], nfe).free)
+
+
+def gained_places(numbers: Numbers) -> str:
+    """By NFE, who comes first by distance after its best gain, and where EVODiff is without one and with it."""
+    lines = ["| NFE | first by distance with a gain | `evodiff` is number |", "|---:|---|---|"]
+    for nfe in numbers.gained:
+        ranked = by_gain(numbers, nfe)
+        cells = [(rows, numbers.with_gain(rows[0], nfe)) for rows in ranked[:4]]
+        first = ", ".join(f"{named(rows)} {show(c.free)} ({show(c.plain)}, {show(c.free_gain)})" for rows, c in cells)
+        own, place = numbers.with_gain("evodiff", nfe), number(distinct(numbers, nfe), "evodiff")
+        told = f"{place} without, {number(ranked, 'evodiff')} with, of {len(ranked)}"
+        lines.append(f"| {nfe} | {first} | {told}: {show(own.free)} ({show(own.plain)}, {show(own.free_gain)}) |")
     return "\n".join(lines)
 
 

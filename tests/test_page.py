@@ -81,7 +81,8 @@ const button = name => legend.children.find(b => b.innerHTML.endsWith(name));
 const click = name => button(name).onclick(), twice = name => { click(name); click(name); button(name).ondblclick(); };
 const set = (name, on) => { inputs[name].checked = on; inputs[name].onchange(); };
 const seen = [], look = () => seen.push({
-  figure: figure.innerHTML, legend: legend.children.map(b => b.innerHTML), pressed: legend.children.map(b => b.attributes["aria-pressed"]),
+  figure: figure.innerHTML, legend: legend.children.map(b => b.innerHTML),
+  pressed: legend.children.map(b => b.attributes["aria-pressed"]),
 });
 look();
 for (const action of ACTIONS) { eval(action); look(); }

@@ -49,6 +49,7 @@ def test_words_find_numbers_by_nfe():
     papers = [paper(nfe=5, value="9.0"), paper(), paper(variant="3M", value="2.5"), paper(nfe=None)]
     assert {n: p.value for n, p in matching(papers, {"source": "S", "variant": ""}).items()} == {5: "9.0", 10: "2.91"}
     assert matching(papers, {"method": "A", "variant": "3M", "plus": 9}) == {19: papers[2]}
+    assert matching(papers, {"variant": "", "nfe": [10, 12]}) == {10: papers[1]}
     assert unmatched(papers, papers[:3]) == [papers[3]]
 
 
@@ -58,6 +59,9 @@ def test_words_find_numbers_by_nfe():
         ({"method": "B"}, "nothing is described"),
         ({"method": "A"}, "two numbers at NFE 10"),
         ({"methods": "A"}, "methods is no column"),
+        ({"variant": "3M", "plus": "x"}, "plus='x' is impossible"),
+        ({"variant": "3M", "nfe": 10}, r"nfe=10 is impossible; expected a list like \[12, 15\]"),
+        ({"variant": "3M", "nfe": [11]}, "nothing is described by"),
     ],
 )
 def test_words_that_describe_nothing_or_too_much_are_refused(words, message):

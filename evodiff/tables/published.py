@@ -98,10 +98,13 @@ def _as_printed(found: Sequence[Published]) -> tuple[Published, ...]:
 def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[int, Published]:
     """By NFE, the numbers that `words` describe: equal in every column named, except that `source` may be cut short.
 
-    `plus` is added to the source's NFE (a source that counts steps of a method that spends more). Raises ConfigError if
-    nothing is described, or one NFE twice.
+    `plus` is added to the source's NFE (a source that counts steps of a method that spends more); a list `nfe` leaves
+    out the others. Raises ConfigError if nothing is described, or one NFE twice.
     """
-    columns, plus = {k: str(v) for k, v in words.items() if k != "plus"}, words.get("plus", 0)
+    columns, plus = {k: str(v) for k, v in words.items() if k not in ("plus", "nfe")}, words.get("plus", 0)
+    only = words.get("nfe")
+    if only is not None and not (isinstance(only, list) and all(type(n) is int for n in only)):
+        raise ConfigError(f"published: nfe={only!r} is impossible; expected a list like [12, 15]")
     if type(plus) is not int:
         raise ConfigError(f"published: plus={plus!r} is impossible; expected the evaluations that a source leaves out")
     unknown = sorted(columns.keys() - {"model", "method", "variant", "source", "table", "metric", "guidance"})
@@ -110,7 +113,7 @@ def matching(published: Sequence[Published], words: Mapping[str, Any]) -> dict[i
     found: dict[int, Published] = {}
     for p in published:
         equal = all(getattr(p, k) == v or (k == "source" and p.source.startswith(v)) for k, v in columns.items())
-        if equal and p.nfe is not None:
+        if equal and p.nfe is not None and (only is None or p.nfe + plus in only):
             nfe = p.nfe + plus
             if nfe in found:
                 raise ConfigError(f"published: {dict(columns)} describes two numbers at NFE {p.nfe}; add a column")
