@@ -72,6 +72,16 @@ def test_a_file_is_fetched_whole_and_only_once(entry, server):
     assert len(server.seen) == 1
 
 
+def test_a_damaged_file_in_its_place_is_told_and_left(entry, server, capsys):
+    path = entry("/a")
+    server.replies["/a"] = [{}]
+    assert main(["fetch", "thing"]) == 0
+    path.write_bytes(b"damaged!")
+    assert main(["fetch", "thing"]) == 1
+    assert f"{path} is not thing: it has 8 bytes, expected {len(CONTENT):,}. Delete it" in capsys.readouterr().err
+    assert path.read_bytes() == b"damaged!" and len(server.seen) == 1
+
+
 def test_a_truncated_download_goes_on_where_it_stopped(entry, server):
     path = entry("/a")
     server.replies["/a"] = [{"etag": '"1"', "cut": 100_000}, {"etag": '"1"', "cut": 300_000}, {"etag": '"1"'}]

@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pipelines
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from evodiff import ems, paths
+from evodiff.checkpoints import load
+from evodiff.errors import CheckpointError, ConfigError
 from evodiff.grid import FromFile
 from evodiff.models.latent import latent, read_prompts
 from evodiff.schedule import EDM
@@ -55,6 +59,22 @@ def test_a_pipeline_with_its_prompts(project):
     model = latent("sd", prompts="prompts.txt")
     assert model.num_classes == 2
     assert "prompts.txt" in model.files and any("unet" in name for name in model.files)
+
+
+def test_a_checkpoint_and_what_is_at_home(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file({"a": torch.zeros(1)}, project / "net.safetensors")
+    with pytest.raises(CheckpointError, match="unknown network"):  # so it was found
+        load("net.safetensors")
+    with pytest.raises(ConfigError, match=r"^other\.safetensors does not exist"):
+        load("other.safetensors")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    assert read_prompts("~/prompts.txt") == ["a cat"]
+
+
+def test_results_are_where_the_folder_of_results_is(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVODIFF_RESULTS", str(tmp_path / "mine"))
+    assert paths.resolve("results/grids/a.json") == tmp_path / "mine" / "grids" / "a.json"
 
 
 @pytest.mark.parametrize(("given", "meant"), [("", "results"), ("~/kept", "~/kept")])

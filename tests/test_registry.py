@@ -202,7 +202,7 @@ def configs(tmp_path, monkeypatch):
 GUIDED = ["imagenet256_adm_classifier", "imagenet256_adm_reference", "imagenet256_adm_uncond", "inception"]
 
 
-def test_what_a_table_needs(configs):
+def test_what_a_table_needs(configs, capsys):
     assert needs.of_table("guided") == (GUIDED, [])
     assert needs.of("guided") == GUIDED
     assert needs.of("large") == ["imagenet256_adm_uncond"]
@@ -212,6 +212,10 @@ def test_what_a_table_needs(configs):
     assert needs.of_table("free") == ([], [])
     assert needs.by_hand("mine") == []
     assert [path.name for path in needs.by_hand("latent")] == ["pipes"]
+    assert main(["fetch", "--table", "latent"]) == 0
+    assert "pipes here: docs/howto/offline.md" in capsys.readouterr().out
+    assert main(["fetch", "inception", "--table", "guided", "--from", "x"]) == 1
+    assert "--from gives one file" in capsys.readouterr().err
     assert needs.of("lsun_bedroom_ldm_original") == ["lsun_bedroom_ldm_original", "vq_f4_original"]
     with pytest.raises(ConfigError, match="there is no table gided; possible: free, guided, latent, mine"):
         needs.of_table("gided")
