@@ -109,3 +109,11 @@ def test_orders_that_are_given_are_kept():
 def test_orders_that_do_not_exist_are_refused(orders):
     with pytest.raises(ConfigError, match="possible: each from 1 to order=2"):
         DPMSolverPPSinglestep(order=2, orders=orders)
+
+
+def test_more_orders_than_steps_are_refused_before_any_evaluation():
+    """They would change nothing but the name of the run."""
+    solver = DPMSolverPPSinglestep(order=2, orders=(2, 2, 1))
+    solver.check(grid_for(5, solver, LogSNR(), EDM()), (1, 2, 2))
+    with pytest.raises(ConfigError, match=r"orders=\(2, 2, 1\) has too many; possible: at most 2, one for each step"):
+        solver.check(grid_for(4, solver, LogSNR(), EDM()), (1, 2, 2))

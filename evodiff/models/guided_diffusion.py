@@ -75,14 +75,12 @@ def guided_diffusion(
 def _check_pair(classifier: str, guide: Checkpoint, network: Checkpoint) -> None:
     """Raises ConfigError for a classifier of images, classes or noise other than those of the network."""
     classes = guide.config["out_channels"]
-    facts = {
-        "image_size": (guide.config["image_size"], network.config["image_size"]),
-        "classes": (classes, network.config.get("num_classes") or classes),
-        "schedule": (guide.schedule, network.schedule),
-    }
-    same = {"schedule": discrete_schedule_of(guide.schedule) == discrete_schedule_of(network.schedule)}
-    for fact, (its, networks) in facts.items():
-        if not same.get(fact, its == networks):
+    for fact, its, networks, same in (
+        ("image_size", guide.config["image_size"], network.config["image_size"], None),
+        ("classes", classes, network.config.get("num_classes") or classes, None),
+        ("schedule", guide.schedule, network.schedule, discrete_schedule_of),  # two ways of saying one are one
+    ):
+        if same(its) != same(networks) if same else its != networks:
             raise ConfigError(
                 f"model.classifier={classifier} is none for this network: its {fact} is {its}, the network's "
                 f"{networks}. Give the one that was trained for it, or convert it with the schedule.key=value it has."

@@ -1,5 +1,6 @@
 """A job: a run, and how to do it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -103,12 +104,16 @@ class Job:
         return replace(self, run=replace(self.run, nfe=nfe))
 
 
+def without_solver(overrides: Sequence[str]) -> list[str]:
+    """Those that say nothing of solver and grid: what a run shares with the one that its errors are taken from."""
+    own = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
+    return [text for text in overrides if text.lstrip("+~").split("=")[0].split(".")[0] not in own]
+
+
 def _reference_run(run: Run, overrides: list[str], instead: list[str]) -> Run:
     """The run of the same images that `instead` describes, in place of what `overrides` say of solver and grid. Raises
     ConfigError for one that no distance can be taken to."""
-    solver_part = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end")
-    kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in solver_part]
-    reference = Run.from_config(compose("run", [*kept, *instead]))
+    reference = Run.from_config(compose("run", [*without_solver(overrides), *instead]))
     if not any(text.startswith("solver=") for text in instead):
         raise ConfigError(
             f"reference_run={instead} names no solver, and the default, {reference.solver['name']}, would be meant. "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evodiff.config import compose
 from evodiff.plots import foremost
+from evodiff.runs.job import without_solver
 from evodiff.runs.run import Run
 from evodiff.tables import samples
 from evodiff.tables.chart import CHART_CSS, CHART_JS, chart
@@ -50,8 +51,6 @@ TOLERANCE = (
 ALWAYS = ("model", "guidance", "noise", "dtype", "precision", "rounding", "threshold")
 """Of a run, what the protocol tells although it be the default; solver, grid, NFE and seeds are told elsewhere."""
 ELSEWHERE = ("solver", "grid", "nfe", "seeds")
-OF_SOLVER = ("solver", "grid", "nfe", "denoise_final", "t_start", "t_end", "seeds")
-"""What a reference run has of its own, and not of a cell."""
 
 
 def page(table: "Table") -> str:
@@ -232,7 +231,7 @@ def _references(table: "Table") -> list[str]:
     for key, job in table.references.items():
         overrides = [*table.base, *table.cells[of[key]].overrides]
         own = compose("run", overrides).reference_run
-        kept = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in OF_SOLVER]
+        kept = [text for text in without_solver(overrides) if not text.startswith("seeds=")]
         words = ["evodiff", "run", *kept, *map(str, own), "seeds={}-{}".format(*job.run.seeds)]
         found.append(shlex.join(words))
     return found

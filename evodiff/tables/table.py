@@ -54,7 +54,7 @@ class Table:
     @classmethod
     def of_file(cls, name: str, overrides: Sequence[str] = ()) -> "Table":
         """The table of configs/table/NAME.yaml. Raises ConfigError for a file that cannot be read, or is another's."""
-        if any(text.lstrip("+~").startswith("table.name") for text in overrides):
+        if any(text.lstrip("+~").split("=")[0] == "table.name" for text in overrides):
             raise ConfigError("table.name cannot be changed: a table has the name of its file. Leave it out.")
         cfg = compose("table", [f"table={name}", *overrides])
         if cfg.table.name != name:  # its results would take the place of the other's
