@@ -25,8 +25,8 @@ together, so that two at once now and then end in a SystemError (its issue 10690
 class Shard:
     """One file as the manifest lists it: seeds `first` to `last`, both included, and which arrays it `holds`.
 
-    `protocol` is the hash of the protocol whose extractor gave the features in it, where there are any; `device` is
-    what made it, in `seconds`.
+    `made_by` says by what the features in it were made, where there are any (Protocol.features_by); `device` is what
+    made the shard, in `seconds`.
     """
 
     first: int
@@ -35,7 +35,7 @@ class Shard:
     nfe: int
     seconds: float
     holds: tuple[str, ...] = ("images", "x")
-    protocol: str | None = None
+    made_by: str | None = None
     device: str = ""
 
     @property
@@ -67,9 +67,12 @@ class SampleStore:
     @property
     def shards(self) -> list[Shard]:
         """What the manifest lists, by seed. Raises StoreError if it is another run's or cannot be read."""
-        content = self._read()
-        try:
-            return sorted((Shard(**s) for s in content.get("shards", [])), key=lambda s: s.first)
+        return self._listed(self._read())
+
+    def _listed(self, content: Mapping[str, Any]) -> list[Shard]:
+        try:  # older manifests name a protocol instead of what made the features
+            listed = [Shard(**{k: s[k] for k in s if k != "protocol"}) for s in content.get("shards", [])]
+            return sorted(listed, key=lambda s: s.first)
         except TypeError as e:
             raise StoreError(f"{self.manifest} cannot be read ({e}). Remove {self.folder} to sample anew.") from e
 
@@ -122,11 +125,11 @@ class SampleStore:
         nfe: int,
         seconds: float,
         weights: Mapping[str, str],
-        protocol: str | None = None,
+        made_by: str | None = None,
         device: str = "",
     ) -> None:
         """Add one shard of consecutive seeds. Its arrays, with one row per seed and in their order: `images` uint8
-        [N, C, H, W], their `labels`, `x` the unrounded states, `features`, `logits` and `spatial` of `protocol`;
+        [N, C, H, W], their `labels`, `x` the unrounded states, `features`, `logits` and `spatial` (see Shard.made_by);
         `preview` holds the images of the first seeds only.
 
         It takes the place of shards within it. Where another process, that cuts the seeds in other places, has written
@@ -137,11 +140,11 @@ class SampleStore:
         named: dict[str, Any] = {"seeds": np.asarray(seeds), **arrays}
         with whole_file(path) as temporary, temporary.open("wb") as f:
             np.savez(f, **named)
-        entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), protocol, device)
+        entry = Shard(seeds.start, seeds[-1], sha256(path), nfe, round(seconds, 3), tuple(arrays), made_by, device)
         with locked(self.folder, "manifest.lock"):
             content = self._read()
             self._check_files(content, weights, unnoted=weights)
-            listed = [Shard(**s) for s in content.get("shards", [])]
+            listed = self._listed(content)
             others = [s for s in listed if s.last < entry.first or s.first > entry.last]
             within = [s for s in listed if s.first >= entry.first and s.last <= entry.last]
             if any(self._usable(s) for s in listed if s not in others and s not in within):

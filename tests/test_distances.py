@@ -17,6 +17,14 @@ def normal(n, d=4, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
+def test_beside_equal_images_an_image_counts_by_its_distance():
+    """A reference without spread has no factor: what is left is the distance to its mean, of each image."""
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = Gaussian(torch.ones(3, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64))
+    distances = (x - 1).square().sum(1)
+    assert torch.allclose(influence(x, reference), distances - distances.mean())
+
+
 def test_influence_is_the_derivative_by_the_weight_of_an_image():
     x = normal(300, seed=3).double()
     reference = Gaussian(torch.full((4,), 0.7).double(), torch.diag(torch.tensor([2.0, 1, 0.5, 3]).double()))

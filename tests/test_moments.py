@@ -92,6 +92,18 @@ def test_features_that_are_not_finite_are_refused_by_number(value):
     assert moments.n == 5
 
 
+def test_large_numbers_of_half_precision_are_finite():
+    """Their sum over an image is beyond the largest such number."""
+    x = torch.full((3, 2048), 100.0, dtype=torch.float16)
+    assert Moments.of(x).mean.eq(100).all()
+
+
+def test_moments_of_some_rows():
+    x, rows = features(9000, 3), torch.randperm(9000)[:5000]
+    some, copied = Moments.of(x, rows), Moments.of(x[rows])
+    assert some.n == 5000 and torch.equal(some.outer, copied.outer) and torch.equal(some.total, copied.total)
+
+
 def test_wrong_dimension_one_image_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(MetricError, match="dimension 3"):
         Moments.zeros(3).add(features(2, 4))

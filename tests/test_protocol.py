@@ -138,6 +138,8 @@ def test_impossible_protocols_are_refused():
         ({"extractor_sha256": "2"}, "extractor_sha256=2 is impossible: expected 8 to 64 hex digits"),
         ({"reference_sha256": "g" * 64}, "expected 8 to 64 hex digits"),
         ({"metric": "fid"}, "FID is of the features of inception, not of mnist_classifier"),
+        ({"metric": "mine"}, "metric=mine is impossible: expected fid, or fd_"),
+        ({"metric": "fid_clean", "extractor": "inception"}, "metric=fid_clean is impossible: expected fid, or fd_"),
         ({"dataset": "cifar10"}, "fd_mnist.npz is of mnist; set protocol.reference as well"),
     ],
 )

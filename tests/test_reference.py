@@ -154,6 +154,36 @@ def test_the_rounding_of_float32_is_no_negative_eigenvalue(tmp_path):
         assert Reference.load(tmp_path / f"{name}.npz").dim == 256
 
 
+def test_statistics_may_be_tensors(tmp_path):
+    x = features().double()
+    torch.save({"mu": x.mean(0), "sigma": x.T.cov()}, tmp_path / "tensors.pt")
+    assert torch.equal(Reference.load(tmp_path / "tensors.pt").gaussian.mean, x.mean(0))
+
+
+def test_equal_images_have_statistics_that_load_again(tmp_path):
+    """Their covariance is 0 but for the rounding of the mean that is taken out."""
+    x, _ = mnist_digits()
+    extract = extractor("mnist_classifier")
+    build_reference([x[:1].expand(50, -1, -1, -1)], extract, protocol("mnist")).save(tmp_path / "equal.npz")
+    again = Reference.load(tmp_path / "equal.npz")
+    assert again.gaussian.cov.abs().max() < 1e-12 and again.provenance["noise_floor"]["distance"] < 1e-9
+
+
+def test_without_features_the_statistics_are_the_same(tmp_path, capsys):
+    x = mnist_digits()[0][::10]
+    np.savez(tmp_path / "digits.npz", images=x.numpy())
+    files = [tmp_path / name for name in ("with.npz", "without.npz")]
+    for file, options in zip(files, ([], ["--no-features"]), strict=True):
+        build = ["build", str(tmp_path / "digits.npz"), "--protocol", "mnist", "--out", str(file), *options]
+        assert stats_main([*build, "--device", "cpu"]) == 0
+    whole, without = map(Reference.load, files)
+    assert len(whole.features) == len(x) and without.features is None
+    assert (without.gaussian.cov - whole.gaussian.cov).abs().max() < 1e-10 * whole.gaussian.cov.norm()
+    floors = [each.provenance["noise_floor"] for each in (whole, without)]
+    assert 0.8 * floors[0]["n"] < floors[1]["n"] <= floors[0]["n"] == len(x) // 2
+    assert floors[1]["distance"] == pytest.approx(floors[0]["distance"], rel=0.3), "of two other halves"
+
+
 def bad_files():
     good = np.cov(features().double().numpy(), rowvar=False)
     mu = np.zeros(6)
@@ -166,6 +196,8 @@ def bad_files():
         "expected .d. and": {"mu": np.zeros(5), "sigma": good},
         "holds weights": {"weights": mu},
         "expected .images": {"pool_3": mu},
+        "complex128; expected real numbers": {"mu": mu, "sigma": good * 1j},
+        "only one of mu_s and sigma_s": {"mu": mu, "sigma": good, "mu_s": mu},
     }
 
 
@@ -187,6 +219,7 @@ def test_unreadable_files_are_refused_and_nothing_is_executed(tmp_path):
     (tmp_path / "text.npz").write_text("no zip")
     np.savez(tmp_path / "bomb.npz", mu=np.array([Bomb()], dtype=object), sigma=np.eye(1))
     (tmp_path / "bomb.pt").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "bomb.pkl").write_bytes(pickle.dumps(Bomb()))
     with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
         archive.writestr("mu.npy", b"\x93NUMPY\x01\x00cut")
     np.save(tmp_path / "array.npy", np.zeros(3))
@@ -198,6 +231,8 @@ def test_unreadable_files_are_refused_and_nothing_is_executed(tmp_path):
     damaged[200:260] = bytes(60)
     (tmp_path / "damaged.npz").write_bytes(damaged)
     strange = ("array.npz", "list.pt", "half.npz", "damaged.npz")
+    with pytest.raises(MetricError, match=r"bomb.pkl is a pickle, which is code and is not run. Where .* np.savez"):
+        Reference.load(tmp_path / "bomb.pkl")
     for name in ("text.npz", "bomb.npz", "bomb.pt", "cut.npz", "absent.npz", *strange):
         with pytest.raises(MetricError, match=name):
             Reference.load(tmp_path / name)

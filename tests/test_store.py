@@ -140,12 +140,12 @@ def test_what_a_shard_does_not_hold_is_named(tmp_path):
     store = store_at(tmp_path)
     write(store, range(0, 4))
     arrays = {"features": np.zeros((4, 2)), "preview": content(range(4, 6))["images"]}
-    store.write(range(4, 8), arrays, nfe=5, seconds=1.0, weights={}, protocol="abc")
+    store.write(range(4, 8), arrays, nfe=5, seconds=1.0, weights={}, made_by="abc")
     fill(store)
     with pytest.raises(StoreError, match=r"shard-000004.npz .* without images and x"):
         list(store.batches("seeds", "images", "x"))
     assert store.first(100)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert [shard.protocol for shard in store.shards] == [None, "abc", None]
+    assert [shard.made_by for shard in store.shards] == [None, "abc", None]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "foreign", "delete"])

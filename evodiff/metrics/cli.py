@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +24,7 @@ from evodiff.metrics.images import count_images, lossy, read_images
 from evodiff.metrics.moments import Moments
 from evodiff.metrics.protocol import Protocol, protocol
 from evodiff.metrics.reference import Reference
-from evodiff.metrics.score import METRICS, Scorer, files_used, reference_path, score_moments, sum_of
+from evodiff.metrics.score import METRICS, Scorer, extractor_of, files_used, reference_path, score_moments, sum_of
 from evodiff.paths import CHECKPOINTS
 
 USAGE = """evodiff score path=DIR|ZIP|NPZ protocol=NAME [key=value ...] [--json]
@@ -31,6 +32,7 @@ USAGE = """evodiff score path=DIR|ZIP|NPZ protocol=NAME [key=value ...] [--json]
 path       a folder or zip of images, an npz of images, a run of this project, or the moments of earlier calls (several
            with a comma between them)
 protocol   a name in configs/protocol; protocol.FIELD=VALUE changes a field, and with it the hash
+reference  real images, or statistics of them, instead of the protocol's: DIR|ZIP|NPZ
 metrics    of %s; with commas, default fid
 weights    file of the extractor, instead of the registry's
 moments    NPZ to write the moments to, for adding up with others
@@ -52,7 +54,6 @@ def score_path_main(argv: list[str]) -> int:
     options = _options([a for a in argv if a != "--json"])
     chosen = _protocol(options)
     paths = [Path(p) for p in options["path"].split(",")]
-    about: dict[str, Any] = {"path": options["path"], "protocol": chosen.describe()}
     asked = options["metrics"].strip("[]").replace(" ", "").split(",")
     kept = npz_name(Path(options["moments"])) if "moments" in options else None
     for path in paths:
@@ -60,20 +61,26 @@ def score_path_main(argv: list[str]) -> int:
             raise ConfigError(f"path={path} does not exist; give a folder of images, a zip of images or an npz")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError(f"path={options['path']} names a file twice, whose images would count twice; name each once")
+    if kept is not None and kept.resolve() in {path.resolve() for path in paths}:
+        raise ConfigError(f"moments={kept} is one of the files that are read: give the sum another name")
+    weights = Path(options["weights"]) if "weights" in options else None
+    real = None
+    if "reference" in options:
+        chosen, real = _beside(Path(options["reference"]), chosen, options, weights)
+    about: dict[str, Any] = {"path": options["path"], "protocol": chosen.describe()}
     if all(_is_moments(p) for p in paths):
         if asked != ["fid"]:
             raise ConfigError(f"metrics={','.join(asked)}: moments give fid alone. Score the images themselves.")
         moments = sum_of(map(Moments.load, paths))
         _check_side(moments, chosen)
-        metrics = score_moments([moments], chosen)
-        about["files"] = {"reference": sha256(reference_path(chosen))}
+        metrics = score_moments([moments], chosen, real)
+        about["files"] = {} if real else {"reference": sha256(reference_path(chosen))}
         if kept is not None:
             moments.save(kept)
     elif len(paths) > 1:
         raise ConfigError("several paths can only be moments; score images from one path at a time")
     else:
-        weights = Path(options["weights"]) if "weights" in options else None
-        scorer = Scorer(chosen, options["device"], asked, weights)
+        scorer = Scorer(chosen, options["device"], asked, weights, real)
         if (n := count_images(paths[0])) is not None:
             scorer.check_count(n)
         for images in read_images(paths[0], scorer.extract.channels, chosen.rounding, int(options["batch"])):
@@ -82,14 +89,16 @@ def score_path_main(argv: list[str]) -> int:
         if kept is not None:
             scorer.moments.save(kept)
         metrics = scorer.result()
-        about |= {"files": files_used(chosen, options["device"], weights), "lossy": lossy(paths[0])}
+        files = {"extractor": scorer.extract.sha256} if real else files_used(chosen, options["device"], weights)
+        about |= {"files": files, "lossy": lossy(paths[0])}
     if "--json" in argv:
         print(json.dumps({**about, "metrics": metrics}, indent=1))
         return 0
     for name, value in metrics.items():
         print(f"{name:<24} {value:.6g}" + (f"   proxy: the protocol asks for {chosen.n}" * chosen.is_proxy(name)))
     told = "; some images come from lossy files" * bool(about.get("lossy"))
-    print(f"protocol {chosen.name} {chosen.hash}, beside {chosen.dataset} ({chosen.reference}){told}")
+    beside = f"{real.gaussian.n} images" if real else chosen.reference
+    print(f"protocol {chosen.name} {chosen.hash}, beside {chosen.dataset} ({beside}){told}")
     return 0
 
 
@@ -106,7 +115,7 @@ def _check_side(moments: Moments, protocol: Protocol) -> None:
 
 def _options(argv: list[str]) -> dict[str, str]:
     options = {"device": "auto", "metrics": "fid", "batch": "64"}
-    known = {*options, "path", "protocol", "weights", "moments"}
+    known = {*options, "path", "protocol", "reference", "weights", "moments"}
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals or (key not in known and not key.startswith("protocol.")):
@@ -128,21 +137,41 @@ def _protocol(options: dict[str, str]) -> Protocol:
         raise ConfigError(f"{' '.join(given)} cannot be read: {' '.join(str(e).split())}") from e
     chosen = protocol(options["protocol"], **{str(k): v for k, v in changes.items()})
     if "weights" in options:
-        # other weights are another protocol: the hash says so
         if not Path(options["weights"]).is_file():
             raise ConfigError(f"weights={options['weights']} is not there")
-        chosen = replace(chosen, extractor_sha256=sha256(Path(options["weights"])))
+        digest = sha256(Path(options["weights"]))
+        if not digest.startswith(chosen.extractor_sha256 or digest):  # other weights are another protocol, by its hash
+            chosen = replace(chosen, extractor_sha256=digest)
     return chosen
 
 
-def _is_moments(path: Path) -> bool:
-    import numpy as np
+def _beside(
+    path: Path, chosen: Protocol, options: dict[str, str], weights: Path | None
+) -> tuple[Protocol, Reference | None]:
+    """The protocol with the real images at `path` for its reference, and their statistics if these are no file."""
+    if any(key.startswith(("protocol.reference", "protocol.dataset")) for key in options):
+        raise ConfigError("reference= stands for protocol.reference and protocol.dataset: leave these out")
+    if not path.exists():
+        raise ConfigError(f"reference={path} does not exist; give images (a folder, zip or npz) or statistics of them")
+    if path.is_file() and path.suffix.lower() != ".zip" and not _has(path, "images", "samples", "arr_0"):
+        return replace(chosen, dataset=str(path), reference=str(path.resolve()), reference_sha256=sha256(path)), None
+    chosen = replace(chosen, dataset=str(path), reference=str(path), reference_sha256=None)
+    extract = extractor_of(chosen, options["device"], weights)
+    images = read_images(path, extract.channels, chosen.rounding, int(options["batch"]))
+    return chosen, build_reference(images, extract, chosen)
 
-    if path.suffix != ".npz" or not path.is_file():
+
+def _is_moments(path: Path) -> bool:
+    return _has(path, "outer")
+
+
+def _has(path: Path, *names: str) -> bool:
+    """Whether it is an npz with an array of one of these names."""
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return False
     try:
         with np.load(path) as file:
-            return {"n", "total", "outer"} <= set(file)
+            return any(name in file for name in names)
     except Exception:  # whatever else it is, the reader of images says so
         return False
 
@@ -162,6 +191,7 @@ def stats_main(argv: list[str]) -> int:
     )
     build.add_argument("--weights", type=Path, help="file of the extractor, instead of the registry's")
     build.add_argument("--root", type=Path, default=CHECKPOINTS / "cache" / "datasets", help="of torchvision's data")
+    build.add_argument("--no-features", action="store_true", help="leave out what kid and pr need: for many images")
     build.add_argument("--limit", type=int, help="only the first images of a named data set")
     build.add_argument("--device", default="auto", help="default: the GPU if there is one")
     build.add_argument("--batch", type=int, default=64)
@@ -200,7 +230,7 @@ def _build(args: argparse.Namespace) -> int:
     out = npz_name(args.out or _place(args.dataset, chosen))
     extract = extractor(chosen.extractor, device_for(args.device), chosen.resize, chosen.scaling, args.weights)
     batches, about = dataset_batches(args.dataset, args.root, extract.channels, args.batch, args.limit, chosen.rounding)
-    reference = build_reference(batches, extract, chosen, **about)
+    reference = build_reference(batches, extract, chosen, features=not args.no_features, **about)
     reference.save(out)
     print(f"{out}\nsha256 {sha256(out)}")
     _describe(reference)

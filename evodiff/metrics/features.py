@@ -53,6 +53,8 @@ class Extractor:
 
 
 def check_images(images: Tensor, channels: int, size: int | None = None) -> None:
+    if not isinstance(images, Tensor):
+        raise MetricError(f"images must be uint8 tensors [B, C, H, W], and these are a {type(images).__name__}")
     if images.dtype != torch.uint8:
         raise MetricError(
             f"images must be uint8 in 0..255, and these are {images.dtype}: use evodiff.sampling.to_uint8"

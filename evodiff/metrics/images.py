@@ -4,8 +4,11 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,10 @@ MODES = {"L": 1, "RGB": 3}
 
 Named = tuple[str, Tensor]
 """Where images come from, and uint8 [n, C, H, W]."""
+File = tuple[str, bytes]
+"""Where an image file lies, and what is in it."""
+AT_ONCE = 256
+"""Files that are in memory."""
 
 
 def read_images(path: Path, channels: int, rounding: str = "round", batch: int = 64) -> Iterator[Tensor]:
@@ -36,10 +43,10 @@ def read_images(path: Path, channels: int, rounding: str = "round", batch: int =
     """
     if path.is_dir():
         run = _run(path)
-        chunks = _of_folder(path, channels) if run is None else _of_run(path, run, channels, rounding)
-    elif path.suffix == ".zip":
-        chunks = _of_zip(path, channels)
-    elif path.suffix == ".npz":
+        chunks = _decoded(_of_folder(path), channels) if run is None else _of_run(path, run, channels, rounding)
+    elif path.suffix.lower() == ".zip":
+        chunks = _decoded(_of_zip(path), channels)
+    elif path.suffix.lower() == ".npz":
         chunks = _of_npz(path, channels, rounding)
     else:
         raise MetricError(f"{path} is no folder, .zip or .npz; give a folder of images, a zip of images or an npz")
@@ -62,7 +69,7 @@ def _names(path: Path) -> list[str]:
             below[:] = sorted(name for name in below if not name.startswith("."))
             found += [str((Path(folder) / name).relative_to(path)) for name in files if _is_image(name)]
         return sorted(found)
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
                 return [entry.filename for entry in _entries(archive)]
@@ -87,16 +94,16 @@ def _is_image(name: str) -> bool:
     return path.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in path.parts)
 
 
-def _of_folder(path: Path, channels: int) -> Iterator[Named]:
+def _of_folder(path: Path) -> Iterator[File]:
     for name in _names(path):
         try:
             content = (path / name).read_bytes()
         except OSError as e:
             raise MetricError(f"{path / name} cannot be read: {e.strerror or e}") from e
-        yield _decoded(content, f"{path / name}", channels)
+        yield f"{path / name}", content
 
 
-def _of_zip(path: Path, channels: int) -> Iterator[Named]:
+def _of_zip(path: Path) -> Iterator[File]:
     _names(path)  # raises for what is no zip
     with zipfile.ZipFile(path) as archive:
         for entry in _entries(archive):
@@ -105,11 +112,18 @@ def _of_zip(path: Path, channels: int) -> Iterator[Named]:
                 content = archive.read(entry)
             except Exception as e:  # zlib's errors among them
                 raise MetricError(f"{name} cannot be read: {e}") from e
-            yield _decoded(content, name, channels)
+            yield name, content
 
 
-def _decoded(content: bytes, name: str, channels: int) -> Named:
-    """One image file as uint8 [1, C, H, W]."""
+def _decoded(files: Iterator[File], channels: int) -> Iterator[Named]:
+    """Image files as uint8 [1, C, H, W], several at a time: Pillow lets other threads go on while it decodes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while some := list(islice(files, AT_ONCE)):
+            yield from pool.map(partial(_image, channels), some)
+
+
+def _image(channels: int, file: File) -> Named:
+    name, content = file
     try:
         image = Image.open(BytesIO(content))
         deep = _is_deep(image)
@@ -136,9 +150,11 @@ def _is_deep(image: ImageFile) -> bool:
 
 @dataclass(frozen=True)
 class _Run:
-    """First seed and sha256 of a run's shards, and how its images became uint8."""
+    """First seed and sha256 of a run's shards, how many images they hold and should hold, how these became uint8."""
 
     shards: dict[int, str]
+    images: int
+    asked: int
     rounding: str
 
 
@@ -147,7 +163,9 @@ def _run(path: Path) -> _Run | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         shards = {int(shard["first"]): str(shard["sha256"]) for shard in manifest["shards"]}
-        return _Run(shards, str(manifest["run"]["rounding"]))
+        images = sum(shard["last"] - shard["first"] + 1 for shard in manifest["shards"])
+        first, last = map(int, manifest["run"]["seeds"])
+        return _Run(shards, images, last - first + 1, str(manifest["run"]["rounding"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -158,6 +176,8 @@ def _of_run(path: Path, run: _Run, channels: int, rounding: str) -> Iterator[Nam
             f"{path} was sampled with rounding={run.rounding}, but this protocol scores images with "
             f"rounding={rounding}. Sample with that, or choose another protocol."
         )
+    if run.images != run.asked:
+        raise MetricError(f"{path} has {run.images} of its {run.asked} images: run the sampling again, which goes on")
     for first, digest in sorted(run.shards.items()):
         file = path / f"shard-{first:06d}.npz"
         if not file.exists() or sha256(file) != digest:

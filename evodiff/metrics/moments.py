@@ -38,10 +38,11 @@ class Moments:
         return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64), made_by)
 
     @classmethod
-    def of(cls, features: Tensor) -> Self:
-        """Moments of features [n, d]."""
+    def of(cls, features: Tensor, rows: Tensor | None = None) -> Self:
+        """Moments of features [n, d], or of some `rows` of them, by number, without a copy of these."""
         moments = cls.zeros(features.shape[1])
-        moments.add(features)
+        for part in (features,) if rows is None else (features[some] for some in rows.split(ROWS)):
+            moments.add(part)
         return moments
 
     @property
@@ -52,7 +53,7 @@ class Moments:
         """Take in features [B, d] of any float type. Raises MetricError on another dimension, or on NaN and inf."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise MetricError(f"features of shape {tuple(features.shape)} do not fit moments of dimension {self.dim}")
-        finite = features.sum(1).isfinite()
+        finite = features.isfinite().all(1)
         if not finite.all():
             row = int((~finite).nonzero()[0])
             raise MetricError(

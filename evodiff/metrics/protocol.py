@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from evodiff.sampling import ROUNDINGS
 
 LABEL_POLICIES = ("none", "seeded_random")
 DIGEST = re.compile("[0-9a-f]{8,64}")
+METRIC = re.compile("fid|fd_[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,7 @@ class Protocol:
     """How images become numbers. Two scores are comparable when the hashes of their protocols are equal, and where a
     sha256 is None, the files as well that were used (evodiff.metrics.score.files_used).
 
-    metric            prefix of the Fréchet distance's name: `fid` is refused for features of another than the 2015
-                      Inception
+    metric            the Fréchet distance's name: `fid`, for features of the 2015 Inception only, or `fd_...`
     extractor         name in `evodiff.metrics.features.NETWORKS`
     extractor_sha256  of its weights file, or the leading 8 hex digits or more; None: not published, not checked
     resize, scaling   how images are brought to the extractor: `native` is its own way, otherwise see
@@ -63,7 +63,11 @@ class Protocol:
         for key in ("extractor_sha256", "reference_sha256"):
             if (value := getattr(self, key)) is not None and not DIGEST.fullmatch(value):
                 raise ConfigError(f"protocol.{key}={value} is impossible: expected 8 to 64 hex digits, or null.")
-        if "fid" in self.metric and self.extractor != "inception":
+        if not METRIC.fullmatch(self.metric):
+            raise ConfigError(
+                f"protocol.metric={self.metric} is impossible: expected fid, or fd_ and lower-case letters or digits."
+            )
+        if self.metric == "fid" and self.extractor != "inception":
             raise ConfigError(
                 f"protocol.metric={self.metric} is impossible: FID is of the features of inception, not of "
                 f"{self.extractor}. Call it fd_{self.extractor}, say."
@@ -99,9 +103,15 @@ class Protocol:
 
     @property
     def features(self) -> str:
-        """What decides the features of an image, in one line: moments that differ in it are not comparable."""
-        deciding = ("extractor", "extractor_sha256", "resize", "scaling", "rounding", "feature_dtype")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in deciding)
+        """What decides the features of an image, in one line that ends with the digits known of the extractor's sha256:
+        what made some features (`features_by`) begins with it, or it was another protocol."""
+        deciding = ("extractor", "resize", "scaling", "rounding", "feature_dtype")
+        known = ", ".join(f"{name}={getattr(self, name)}" for name in deciding)
+        return f"{known}, sha256={self.extractor_sha256 or ''}"
+
+    def features_by(self, extractor_sha256: str) -> str:
+        """`features` with the sha256 in full of the extractor that is used: what differs in it is not comparable."""
+        return replace(self, extractor_sha256=extractor_sha256).features
 
     def describe(self) -> dict[str, Any]:
         """All fields and the hash, as plain data for a record."""

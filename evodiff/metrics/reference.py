@@ -76,6 +76,8 @@ def _foreign(path: Path, file: Mapping[str, np.ndarray]) -> Reference:
             f"{path} holds {', '.join(sorted(file)[:5])}; reference statistics are mu and sigma, pool_3, or "
             f"a file written by `evodiff stats build`"
         )
+    if ("mu_s" in file) != ("sigma_s" in file):
+        raise MetricError(f"{path} has only one of mu_s and sigma_s, the mean and covariance of spatial features")
     spatial = checked(path, file["mu_s"], file["sigma_s"], None) if "mu_s" in file else None
     layout = "mu/sigma" if spatial is None else "mu/sigma/mu_s/sigma_s"
     return Reference(checked(path, file["mu"], file["sigma"], None), {**about, "layout": layout}, spatial)
@@ -95,6 +97,12 @@ def _open(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
             with torch.serialization.safe_globals(_NUMPY_GLOBALS):
                 file = torch.load(path, weights_only=True, map_location="cpu")
         else:
+            with path.open("rb") as start:
+                if start.read(1) == b"\x80":
+                    raise MetricError(
+                        f"{path} is a pickle, which is code and is not run. Where it is trusted, load it in Python and "
+                        f"save what it has of one network: np.savez('statistics.npz', mu=..., sigma=...)"
+                    )
             file = np.load(path)
         if not isinstance(file, Mapping):
             raise MetricError(f"{path} holds a {type(file).__name__}; reference statistics are arrays with names")
@@ -119,18 +127,23 @@ _NUMPY_GLOBALS: list[Any] = [
 
 def checked(path: Path, mean: np.ndarray, cov: np.ndarray, n: int | None) -> Gaussian:
     """A Gaussian in float64 that is one: finite, square, symmetric, positive semidefinite. Raises MetricError."""
+    mean, cov = np.asarray(mean), np.asarray(cov)  # torch-fidelity keeps arrays; others keep tensors in a .pt
     what = f"{path}: mean {mean.shape}, covariance {cov.shape}"
+    if any(array.dtype.kind not in "fiu" for array in (mean, cov)):
+        raise MetricError(f"{what}: of {mean.dtype} and {cov.dtype}; expected real numbers")
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise MetricError(f"{what}: expected [d] and [d, d]")
     m, c = (torch.from_numpy(x.astype(np.float64)) for x in (mean, cov))
     if not (m.isfinite().all() and c.isfinite().all()):
         raise MetricError(f"{what}: holds NaN or inf")
-    scale = c.norm().item()  # at least the largest eigenvalue, to which the errors of float32 are in proportion
+    # at least the largest eigenvalue, to which the errors of float32 are in proportion; and the mean's, which Moments
+    # takes out of a sum of squares
+    rounding = 1e-6 * c.norm().item() + 1e-14 * m.square().sum().item()
     asymmetry = (c - c.T).abs().max().item()
-    if asymmetry > 1e-6 * scale:
-        raise MetricError(f"{what}: not symmetric (by {asymmetry:.1e} of {scale:.1e})")
+    if asymmetry > rounding:
+        raise MetricError(f"{what}: not symmetric (by {asymmetry:.1e}, where rounding explains {rounding:.1e})")
     # a factor of the slightly raised matrix exists if and only if no eigenvalue is below what rounding explains
-    if scale and torch.linalg.cholesky_ex(c + 1e-6 * scale * torch.eye(len(c), dtype=c.dtype)).info:
+    if rounding and torch.linalg.cholesky_ex(c + rounding * torch.eye(len(c), dtype=c.dtype)).info:
         raise MetricError(f"{what}: not positive semidefinite: a covariance has no eigenvalue below 0")
     if n is not None and n < 2:
         raise MetricError(f"{what}: estimated from {n} images; expected 2 or more")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ METRICS = {
     "is": "Inception Score (is, is_std)",
     "kid": "Kernel Inception Distance (kid, kid_std)",
     "pr": "precision, recall, density, coverage",
-    "curve": "fid of the first 5, 10, 25 and 50 thousand images",
+    "curve": "fid of 5, 10, 25 and 50 thousand of the images, drawn by chance",
     "ci": "standard error of fid from this choice of images (fid_se)",
     "limit": "fid extrapolated to infinitely many images (fid_inf)",
 }
@@ -69,18 +70,20 @@ def score(
     return scorer.result()
 
 
-def score_moments(parts: Iterable[Moments], protocol: Protocol) -> dict[str, float]:
-    """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order.
+def score_moments(parts: Iterable[Moments], protocol: Protocol, reference: Reference | None = None) -> dict[str, float]:
+    """The Fréchet distance of images whose moments were taken elsewhere, in any number of parts and any order, from the
+    protocol's reference or another one.
 
     Raises MetricError for moments of features that another protocol takes, or of images of another size.
     """
     total = sum_of(parts)
-    if total.made_by != protocol.features:
+    if not total.made_by.startswith(protocol.features):
         raise MetricError(
             f"the moments are of features by {total.made_by or 'an unknown network'}, but protocol {protocol.name} "
             f"takes {protocol.features}. Score with the protocol they were made for, or make them anew."
         )
-    reference = reference_of(protocol)
+    reference = reference or reference_of(protocol)
+    _check_maker(reference, total.made_by.rpartition("=")[2], protocol)
     check_size(total.image_size, protocol, reference)
     return {protocol.key("fid", total.n): frechet_distance(total, reference.gaussian)}
 
@@ -113,23 +116,31 @@ def sum_of(parts: Iterable[Moments]) -> Moments:
 
 
 class Scorer:
-    """Takes images batch by batch, and scores what it has seen. `moments` is what other processes can add."""
+    """Takes images batch by batch, and scores what it has seen. `moments` is what other processes can add.
+
+    A `reference` takes the place of the file that the protocol names."""
 
     def __init__(
-        self, protocol: Protocol, device: str = "cpu", metrics: Sequence[str] = ("fid",), weights: Path | None = None
+        self,
+        protocol: Protocol,
+        device: str = "cpu",
+        metrics: Sequence[str] = ("fid",),
+        weights: Path | None = None,
+        reference: Reference | None = None,
     ):
         if unknown := sorted(set(metrics) - METRICS.keys()):
             raise ConfigError(f"no metric is called {', '.join(unknown)}; there are {', '.join(METRICS)}")
         self.protocol, self.metrics = protocol, tuple(metrics)
         self.extract = extractor_of(protocol, device, weights)
-        self.reference = reference_of(protocol)
+        self.reference = reference or reference_of(protocol)
         if self.reference.dim != self.extract.dim:
             raise MetricError(
                 f"{protocol.reference} has {self.reference.dim} features, but {protocol.extractor} gives "
                 f"{self.extract.dim}: it belongs to another protocol than {protocol.name}"
             )
+        _check_maker(self.reference, self.extract.sha256, protocol)
         self._check_reference()
-        self.moments = Moments.zeros(self.extract.dim, protocol.features)
+        self.moments = Moments.zeros(self.extract.dim, protocol.features_by(self.extract.sha256))
         self.spatial: Moments | None = None
         self.features = Rows(protocol.n) if _FROM_FEATURES & set(metrics) else None
         self.logits = Rows(protocol.n) if "is" in metrics else None
@@ -192,11 +203,10 @@ class Scorer:
         values: dict[str, float] = {}
         n, key, real = len(features), self.protocol.key, self.reference.features
         if "curve" in self.metrics:
-            part, done = Moments.zeros(features.shape[1]), 0
+            # images from elsewhere may be sorted, by class say: the first of them would be of a few classes
+            order = torch.from_numpy(np.random.default_rng(0).permutation(n))
             for size in (size for size in CURVE if size <= n):
-                part.add(features[done:size])
-                done = size
-                values[key("fid", size)] = frechet_distance(part, self.reference.gaussian)
+                values[key("fid", size)] = frechet_distance(Moments.of(features, order[:size]), self.reference.gaussian)
         if "ci" in self.metrics:
             values[key("fid_se", n)] = standard_error(influence(features, self.reference.gaussian))
         if "limit" in self.metrics:
@@ -269,10 +279,10 @@ def reference_path(protocol: Protocol) -> Path:
     if path.exists():
         return path
     if path.suffix:
-        source = path.stem if path.stem in DATASETS else protocol.dataset
+        named = [name for name in (path.stem, protocol.dataset) if name in ("mnist", *DATASETS)]
         raise MetricError(
-            f"there is no reference file {path}: make it with `evodiff stats build {source} --protocol "
-            f"{protocol.name}`, or set protocol.reference to another"
+            f"there is no reference file {path}: make it with `evodiff stats build {(*named, 'IMAGES')[0]} --protocol "
+            f"{protocol.name} --out {path}`, or set protocol.reference to another"
         )
     from evodiff.checkpoints import require
 
@@ -285,10 +295,19 @@ def files_used(protocol: Protocol, device: str = "cpu", weights: Path | None = N
     return {"extractor": extract.sha256, "reference": sha256(reference_path(protocol))}
 
 
+def files_left_open(protocol: Protocol, device: str = "cpu") -> dict[str, str]:
+    """sha256 in full of those files that the protocol names without saying what they must be."""
+    found = {}
+    if protocol.extractor_sha256 is None:
+        found["extractor"] = extractor_of(protocol, device).sha256
+    if protocol.reference_sha256 is None:
+        found["reference"] = sha256(reference_path(protocol))
+    return found
+
+
 def scored_by(protocol: Protocol) -> str:
-    """The hash of a protocol, which for one that does not say its reference file goes on with that file's sha256."""
-    own = protocol.hash
-    return own if protocol.reference_sha256 else f"{own}-{sha256(reference_path(protocol))[:8]}"
+    """The hash of a protocol, which goes on with the sha256 of each file that it leaves open."""
+    return "-".join([protocol.hash, *(digest[:8] for digest in files_left_open(protocol).values())])
 
 
 @cache
@@ -307,6 +326,16 @@ def reference_of(protocol: Protocol) -> Reference:
                 f"{path} was made with {part}={made_with}, but protocol {protocol.name} has {getattr(protocol, part)}"
             )
     return reference
+
+
+def _check_maker(reference: Reference, extractor_sha256: str, protocol: Protocol) -> None:
+    """Raise MetricError for a reference made by another extractor than the one in use, as far as it is known."""
+    made_by = reference.provenance.get("extractor_sha256")
+    if made_by and made_by != extractor_sha256:
+        raise MetricError(
+            f"{protocol.reference} was made by another {protocol.extractor} (sha256 {made_by[:16]}...) than the one of "
+            f"the images ({extractor_sha256[:16]}...): make both with the same weights"
+        )
 
 
 def _check_digest(what: str, found: str | None, expected: str | None, protocol: Protocol) -> None:

@@ -29,7 +29,7 @@ def influence(features: Tensor, reference: Gaussian) -> Tensor:
     moments = Moments.of(features)
     mean, factor = moments.mean, reference.factor
     values, vectors = torch.linalg.eigh(factor.T @ moments.cov @ factor)
-    kept = values > values[-1] * len(mean) * torch.finfo(torch.float64).eps
+    kept = values > values[-1:] * len(mean) * torch.finfo(torch.float64).eps
     root = factor @ vectors[:, kept] * values[kept] ** -0.25
     moved = []
     for rows in features.split(ROWS):
@@ -68,7 +68,7 @@ def frechet_infinity(
     draw = np.random.default_rng(seed)
     sizes = np.linspace(smallest, n, points).astype(int)
     subsets = (torch.from_numpy(draw.permutation(n)[:size]) for size in sizes)
-    distances = [frechet_distance(_moments(features, subset), reference) for subset in subsets]
+    distances = [frechet_distance(Moments.of(features, subset), reference) for subset in subsets]
     _, intercept = np.polyfit(1 / sizes, distances, 1)
     return float(intercept)
 
@@ -76,11 +76,3 @@ def frechet_infinity(
 def least_for_a_limit(features: int) -> int:
     """Images, of which the smallest subset may be half: 8,192 of Inception's 2,048 features."""
     return max(LEAST_FOR_A_LIMIT, 2 * SMALLEST_SUBSET * features)
-
-
-def _moments(features: Tensor, rows: Tensor) -> Moments:
-    """Of some rows, without a copy of them all."""
-    moments = Moments.zeros(features.shape[1])
-    for part in rows.split(ROWS):
-        moments.add(features[part])
-    return moments

@@ -189,7 +189,7 @@ class MadeShard:
     arrays: Mapping[str, np.ndarray]
     nfe: int
     seconds: float
-    protocol: str | None
+    made_by: str | None
     device: str
 
 
@@ -209,9 +209,9 @@ def shard_of(job: Job, scorer: Scorer | None, seeds: range, batches: list[Genera
         arrays["x"] = np.concatenate([batch.x.numpy() for batch in batches])
     if job.save == "grid" and (kept := PREVIEW - (seeds.start - job.run.seeds[0])) > 0:
         arrays["preview"] = images[:kept]
-    protocol = scorer.protocol.hash if scorer is not None else None
+    made_by = scorer.moments.made_by if scorer is not None else None
     nfe = max(batch.nfe for batch in batches)
-    return MadeShard(seeds, arrays, nfe, seconds, protocol, device_name(job.device))
+    return MadeShard(seeds, arrays, nfe, seconds, made_by, device_name(job.device))
 
 
 def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, claim: ExitStack) -> None:
@@ -223,7 +223,7 @@ def write_shard(store: SampleStore, files: Mapping[str, str], shard: MadeShard, 
             nfe=shard.nfe,
             seconds=shard.seconds,
             weights=files,
-            protocol=shard.protocol,
+            made_by=shard.made_by,
             device=shard.device,
         )
 

@@ -11,12 +11,10 @@ from evodiff.config import build
 from evodiff.cpu import use_cpu
 from evodiff.device import device_name
 from evodiff.errors import ConfigError, StoreError
-from evodiff.files import sha256
 from evodiff.locks import locked
 from evodiff.metrics.distances import AGAINST_REFERENCE, OF_IMAGES
 from evodiff.metrics.features import Features
-from evodiff.metrics.protocol import Protocol
-from evodiff.metrics.score import Scorer, files_used, reference_path
+from evodiff.metrics.score import Scorer, files_left_open, files_used
 from evodiff.runs.job import Job, store_of
 from evodiff.runs.loaded import loaded
 from evodiff.runs.record import Record, versions
@@ -138,7 +136,7 @@ def scored_before(job: Job) -> Record | None:
     except StoreError:  # of another version, or damaged: scored anew
         return None
     expected = (job.protocol.describe() if job.protocol else None, store.digests)
-    same = (record.protocol, record.shards) == expected and same_reference(job.protocol, record)
+    same = (record.protocol, record.shards) == expected and same_files(job, record)
     return record if same else None
 
 
@@ -150,23 +148,23 @@ def still_true(record: Record, reference: Run | None) -> tuple[dict[str, float],
     return metrics, [name for name in record.asked if name not in lost], record.files
 
 
-def same_reference(protocol: Protocol | None, record: Record) -> bool:
-    """Whether the statistics of real images are what they were, where the protocol does not say what they must be."""
-    known = record.files.get("reference")
-    if protocol is None or protocol.reference_sha256 is not None or known is None:
+def same_files(job: Job, record: Record) -> bool:
+    """Whether extractor and statistics are what they were, where the protocol does not say what they must be."""
+    if job.protocol is None or not record.files:
         return True
-    return known == sha256(reference_path(protocol))
+    now = files_left_open(job.protocol, job.device)
+    return all(record.files.get(name, digest) == digest for name, digest in now.items())
 
 
 def _scored_arrays(scorer: Scorer, store: SampleStore, shard: Shard) -> Sequence[str]:
     """The features kept while sampling, if they are this protocol's; otherwise the images."""
-    if shard.protocol == scorer.protocol.hash and {*scorer.needs} <= {*shard.holds}:
+    if shard.made_by == scorer.moments.made_by and {*scorer.needs} <= {*shard.holds}:
         return scorer.needs
     if "images" in shard.holds:
         return ("images",)
     raise StoreError(
         f"{shard.file} in {store.folder} keeps no images, and not the {' and '.join(scorer.needs)} of protocol "
-        f"{scorer.protocol.name} ({scorer.protocol.hash}). Remove the folder and sample anew with save=shards, or "
+        f"{scorer.protocol.name} ({scorer.moments.made_by}). Remove the folder and sample anew with save=shards, or "
         f"with this protocol and these metrics."
     )
 

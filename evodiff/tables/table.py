@@ -343,8 +343,8 @@ class Table:
         return {row: curve for row, curve in curves.items() if curve.values or curve.papers}
 
     def levels(self, metric: str) -> dict[str, float]:
-        """What else a metric has: the noise floor (real against real), and the value of the converged sampler, the mean
-        over the ranges of seeds."""
+        """What else a metric has: the noise floor (real against real, and how many of these), and the value of the
+        converged sampler, the mean over the ranges of seeds."""
         job = next(iter(self.jobs.values()))
         found = {}
         if job.protocol is not None and metric.split("@")[0] == job.protocol.metric and self.records:
@@ -353,7 +353,7 @@ class Table:
             except EvodiffError:  # the records came without the reference file
                 floor = None
             if floor is not None:
-                found["noise floor"] = floor["distance"]
+                found[f"noise floor ({floor['n']:,} against {floor['n']:,} real)"] = floor["distance"]
         runs = [job.run for job in self.references.values()]
         if all(replace(run, seeds=runs[0].seeds) == runs[0] for run in runs):
             jobs = self.references.values()
