@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 
 from evodiff.errors import EvodiffError
 
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 
     When the reader of standard output has gone, as `head` does, it ends quietly with the exit code of a broken pipe.
     """
+    # where a stream is closed, as by cron, its number would be that of the next file
+    sys.stdout, sys.stderr = (s or Path(os.devnull).open("w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± shows ?

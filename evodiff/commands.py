@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SWEEP = ("-m", "--multirun")
 HELP = ("-h", "--help")
+SHOWS = {"-c", "--cfg", "-i", "--info"}
+SHOWING = (*sorted(SHOWS), "-p", "--package", "--resolve")
+"""Hydra's own flags that show the configuration; the others, like --config-dir, our checks of keys do not know."""
 VERIFY_USAGE = """usage: evodiff verify solvers|networks|metrics [options]
 
 Compare this installation with recorded reference results: one line for each, exit code 1 if one differs.
@@ -142,6 +145,10 @@ def over_runs(name: str, action: Action, argv: list[str]) -> int:
             raise ConfigError(
                 f"{flag} is no option: {key} is a key of the configuration. Write {word}={value or '...'}"
             )
+        if (name_of := flag.partition("=")[0]) not in (*HELP, *SHOWING):
+            raise ConfigError(f"{name_of} does nothing here. Possible: -m, --help, and Hydra's {', '.join(SHOWING)}.")
+    if flags and {*SHOWS, *HELP}.isdisjoint(flag.partition("=")[0] for flag in flags):
+        raise ConfigError(f"{flags[0]} says how --cfg shows it: add --cfg job.")
     if not flags:
         refuse_hydra(overrides)
     if any(flag in HELP for flag in flags):

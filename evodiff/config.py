@@ -160,9 +160,14 @@ def choices(group: str) -> list[str]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?`, or an empty string if nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
+    """` Did you mean ...?`, or an empty string if nothing is near; as papers write it, in capitals or with a hyphen."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("-", "_")
+
+    by_plain = {plain(name): name for name in known}
+    close = difflib.get_close_matches(plain(word), by_plain, n=1, cutoff=0.5)
+    return f" Did you mean {by_plain[close[0]]}?" if close else ""
 
 
 def parse_range(text: str) -> range:
@@ -193,6 +198,9 @@ def _check(root: str, overrides: Sequence[str]) -> None:
             raise ConfigError(f"{text!r} is no override. Expected key=value, like nfe=10 or hydra/launcher=joblib.")
         if override.is_delete() and key in known:
             raise ConfigError(f"{text} takes away what a run needs. Leave it out, or set {key}=...")
+        named = [part for part in key.split(".")[1:] if part == "name" or (part[:1] == "_" and part != "_target_")]
+        if override.package is not None or ((CONFIGS / head).is_dir() and named):
+            raise ConfigError(f"{text} cannot be set. What is chosen of a group is group=choice, like solver=ddim.")
         if (override.is_add() or override.is_force_add()) and "/" not in head and head not in known | {"hydra"}:
             raise ConfigError(f"{head} is no key of the configuration.{nearest(head, known)}")
         if ((CONFIGS / key).is_dir() or key == "hydra/launcher") and not override.is_sweep_override():
@@ -227,6 +235,11 @@ def _explain(root: str, overrides: Sequence[str], error: Exception) -> str:
             or_list = f", or for a list {listed}" if is_list else ""
             return f"{text} are several values: add -m to sweep over them{or_list}."
         if (CONFIGS / key).is_dir() and key not in known:
+            if root == "table":
+                return (
+                    f"{key} is a key of runs, which a table has in its base and rows: give these in whole, like "
+                    f"'table.base=[{text},...]', or make a run of a cell by what `evodiff show` prints."
+                )
             return f"{key} is no key of a run: `evodiff {key} {text.partition('=')[2]}` takes its name."
         if override.is_add() or (CONFIGS / key).is_dir() or key == "hydra/launcher":
             continue

@@ -21,7 +21,8 @@ class Denoiser(Protocol):
 
 
 class Counting:
-    """Counts calls: one call is one NFE, guided or not. Raises SamplingError for a result of another shape."""
+    """Counts calls: one call is one NFE, guided or not. Raises SamplingError for a result of another shape, and for a
+    denoiser that changes its input."""
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser = denoiser
@@ -30,7 +31,12 @@ class Counting:
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         self.nfe += 1
+        version = None if x.is_inference() else x._version  # which counts changes in place
         D = self.denoiser(x, node)
+        if version is not None and x._version != version:
+            raise SamplingError(
+                "the denoiser changed its input in place, which is the sampler's state: work on a copy, x.clone()."
+            )
         if not isinstance(D, Tensor) or D.shape != x.shape:  # a solver would broadcast it
             got = f"{list(D.shape)}" if isinstance(D, Tensor) else f"a {type(D).__name__}"
             raise SamplingError(

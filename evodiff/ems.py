@@ -208,12 +208,13 @@ def main(argv: list[str]) -> int:
     partial, about = folder / "partial.npz", folder / "ems.json"
     if about.exists() and read_json(about) != json.loads(json.dumps(identity)):
         raise ConfigError(f"{folder} holds statistics of another computation ({about}). Set another out.")
-    with products(cfg.precision):
-        statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
-    save(folder, statistics)
-    with whole_file(about) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n")
-    partial.unlink(missing_ok=True)  # another process may have ended before
+    if not all(path.exists() for path in (about, folder / "l.npz", folder / "sb.npz")):
+        with products(cfg.precision):
+            statistics = compute(model, grid, given["samples"], given["batch"], partial, identity)
+        save(folder, statistics)
+        with whole_file(about) as temporary:
+            temporary.write_text(json.dumps(identity, indent=1) + "\n")
+        partial.unlink(missing_ok=True)  # another process may have ended before
     print(
         f"{folder}: l.npz, sb.npz of {given['samples']} samples at {given['nodes'] + 1} half-log-SNRs. Use them with "
         f"solver=dpm_v3 'solver.statistics={{_target_: evodiff.ems.load, folder: {folder}}}'"

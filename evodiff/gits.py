@@ -136,9 +136,11 @@ def main(argv: list[str]) -> int:
     cfg, model, ends = model_of("gits", overrides)
     schedule = model.schedule
     fine = TimeGrid.at(Karras().times(given["fine"], schedule, *ends), schedule)
-    found = search(model, fine, steps, given["gamma"], given["metric"], given["samples"], given["batch"])
     out = Path(given["out"] or results_folder() / "grids" / f"gits_{cfg.model.name}.json")
-    with whole_file(out) as temporary:
+    if out.is_dir():
+        raise ConfigError(f"out={out} is a folder: name the file in it, like out={out}/gits.json")
+    with whole_file(out) as temporary:  # before the search: a place that cannot be written is found out now
+        found = search(model, fine, steps, given["gamma"], given["metric"], given["samples"], given["batch"])
         temporary.write_text(json.dumps({str(n): times for n, times in found.items()}, indent=1) + "\n")
     print(f"{out}: grids of {steps.start} to {steps.stop - 1} steps. Use them with grid=file grid.path={out}")
     return 0

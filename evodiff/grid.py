@@ -266,14 +266,17 @@ class FromFile:
         return [float(t) for t in times]
 
 
+FARTHEST = 1e-12
+
+
 def ends(schedule: NoiseSchedule, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     """The times between which to integrate: the schedule's own unless given. Raises ConfigError for impossible ones."""
     t_start = schedule.t_start if t_start is None else t_start
     t_end = schedule.t_end if t_end is None else t_end
-    if not math.inf > t_start > t_end > 0:
+    if not 1 / FARTHEST > t_start > t_end > FARTHEST:  # their squares and powers are numbers still
         raise ConfigError(
-            f"t_start={t_start} must be above t_end={t_end}, t_end above 0, and both finite; for a last step to 0 set "
-            f"denoise_final=true"
+            f"t_start={t_start} must be above t_end={t_end}, t_end above {FARTHEST:g}, and t_start below "
+            f"{1 / FARTHEST:g}; for a last step to 0 set denoise_final=true"
         )
     if isinstance(schedule, VariancePreserving) and t_start > 1:
         raise ConfigError(f"t_start={t_start} is above 1, the last time of a {type(schedule).__name__} schedule")

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -72,7 +72,7 @@ class SampleStore:
     def _listed(self, content: Mapping[str, Any]) -> list[Shard]:
         try:  # older manifests name a protocol instead of what made the features
             listed = [Shard(**{k: s[k] for k in s if k != "protocol"}) for s in content.get("shards", [])]
-            return sorted(listed, key=lambda s: s.first)
+            return sorted((replace(s, holds=tuple(s.holds)) for s in listed), key=lambda s: s.first)
         except TypeError as e:
             raise StoreError(f"{self.manifest} cannot be read ({e}). Remove {self.folder} to sample anew.") from e
 
@@ -116,6 +116,12 @@ class SampleStore:
         missing: finished, or in part by one that cuts the seeds in other places."""
         with locked(self.folder, f"{shard_name(seeds.start)}.lock", timeout=0) as held:
             yield held and seeds in self.missing()
+
+    def tidy(self) -> None:
+        """Remove the locks of ranges from a complete store, which would double its files. One that another process
+        holds, to add an array it needs, loses its lock: at worst a third makes the same shard."""
+        for lock in (self.folder / ".locks").glob("shard-*.lock"):
+            lock.unlink(missing_ok=True)
 
     def write(
         self,
@@ -240,7 +246,7 @@ class SampleStore:
     def _intact(self, shard: Shard) -> bool:
         """Whether a listed file is there and unchanged. A damaged or replaced one counts as missing."""
         path = self.folder / shard.file
-        return path.exists() and sha256(path) == shard.sha256
+        return path.is_file() and sha256(path) == shard.sha256
 
     def _read(self) -> dict[str, Any]:
         if not self.manifest.exists():
@@ -252,7 +258,8 @@ class SampleStore:
             return {}
         try:
             content = json.loads(self.manifest.read_text())
-            run = content["run"]
+            run = dict(content["run"])
+            dict(content.get("weights", {}))
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise StoreError(f"{self.manifest} cannot be read ({e}). Remove {self.folder} to sample anew.") from e
         if run != self.run:

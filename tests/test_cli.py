@@ -267,6 +267,21 @@ def test_a_flag_of_hydra_shows_and_runs_nothing(evodiff_command, results, flags)
     assert "Did you mean nfe?" in evodiff_command("run", *flags, "nfee=7")[2]
 
 
+@pytest.mark.parametrize("flag", ["--config-dir=mine", "--experimental-rerun", "--shell-completion", "--hydra-help"])
+def test_flags_of_hydra_that_do_nothing_here_are_refused(evodiff_command, flag):
+    code, _, err = evodiff_command("run", *MIXTURE, flag)
+    assert code == 1 and f"{flag.partition('=')[0]} does nothing here. Possible: -m, --help, and Hydra's" in err
+    assert "--resolve says how --cfg shows it" in evodiff_command("run", *MIXTURE, "--resolve")[2]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_run_with_a_closed_stream_is_scored(closed, results):
+    command = f"{sys.executable} -m evodiff run {' '.join(MIXTURE)} solver=ddim nfe=2 {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout if closed == ">&-" else done.stderr) == (0, "")
+    assert [*results.glob("runs/mixture/*/score.json")]
+
+
 def test_without_a_checkout_help_says_so(evodiff_command, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
     config.keys.cache_clear()

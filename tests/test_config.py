@@ -148,6 +148,11 @@ def test_a_solver_file_that_is_none_is_answered_in_a_sentence(own_solver, conten
         ("guidance.scale=2", "It is one of guidance=classifier or classifier_free: set that, too."),
         ("hydra/launcher=joblb", "hydra/launcher=joblb does not exist. Did you mean joblib? Possible: basic, joblib, "),
         ("model=minst_tiny", "Did you mean mnist_tiny?"),
+        ("solver=DDIM", "Did you mean ddim?"),
+        ("solver=UniPC-3", "Did you mean unipc_3?"),
+        ("+model.name=../../elsewhere", "cannot be set. What is chosen of a group is group=choice"),
+        ("+model._partial_=true", "cannot be set."),
+        ("+solver@second=heun", "cannot be set."),
         ("solver.moo=1", "solver.moo is no key of the configuration. Did you mean solver.mu?"),
         ("solver.fianl=euler", "Did you mean solver.final?"),
         ("gird=karras", "Did you mean grid?"),
@@ -178,6 +183,29 @@ def test_a_typo_names_the_nearest(override, message):
     with pytest.raises(ConfigError) as error:
         compose("run", ["solver=evodiff", override] if not override.startswith("solver=") else [override])
     assert message in str(error.value)
+
+
+def test_a_run_s_key_is_none_of_a_table_s():
+    with pytest.raises(
+        ConfigError, match=r"solver is a key of runs, which a table has in its base and rows.*'table.base"
+    ):
+        compose("table", ["table=demo", "solver=ddim"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["reference_run=['solver=ddim','batch=16']"],
+            "batch makes no other run.* it holds for both. Possible: model,",
+        ),
+        (["reference_run=['solver=ddim','metrics=[fid]']"], "metrics makes no other run"),
+        (["threads=100000"], "threads=100000 is impossible"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        Job.compose(["metrics=[rmse]", "protocol=none", *overrides])
 
 
 def test_an_override_that_is_no_text_is_none():

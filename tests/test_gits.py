@@ -8,7 +8,8 @@ import pytest
 import torch
 from exact import SHORT_EDM, VP, grid, mixture, start
 
-from evodiff.errors import ConfigError, SamplingError
+from evodiff import gits
+from evodiff.errors import ConfigError, EvodiffError, SamplingError
 from evodiff.gits import costs, deviation, search, shortest
 from evodiff.grid import FromFile, Karras, LogSNR, Optimised, TimeGrid
 from evodiff.models.pretrained import Pretrained
@@ -134,6 +135,16 @@ def test_impossible_settings_are_refused(setting, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         main(["model=mixture", "fine=20", "steps=4", f"out={tmp_path / 'g.json'}", "device=cpu", setting])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [(".", "is a folder: name the file in it"), ("file/g.json", "cannot write")]
+)
+def test_a_place_that_cannot_be_written_is_found_out_before_the_search(out, message, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(gits, "search")
+    with pytest.raises(EvodiffError, match=message):
+        gits.main(["model=mixture", "fine=20", "steps=4", f"out={tmp_path / out}", "device=cpu"])
 
 
 SD = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)

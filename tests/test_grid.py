@@ -9,6 +9,7 @@ import pytest
 
 from evodiff.errors import BudgetError, ConfigError
 from evodiff.grid import NSR, FromFile, Karras, Listed, LogSNR, Optimised, TimeGrid, TimeUniform, grid_for
+from evodiff.grid import ends as ends_of
 from evodiff.schedule import EDM, CosineVP, DiscreteVP, Flow, LinearVP
 from evodiff.solvers.ddim import DDIM
 from evodiff.solvers.heun import Heun
@@ -72,6 +73,12 @@ def test_no_budget_is_for_adaptive_solvers():
         grid_for(None, DDIM(), LogSNR(), EDM())
     with pytest.raises(BudgetError, match="gives 3 times, but 1 steps need 2. Give the first and the last only"):
         grid_for(None, ProbabilityFlow(), Listed((80.0, 1.0, 0.002)), EDM())
+
+
+@pytest.mark.parametrize("ends", [(1e300, None), (None, 1e-300)])
+def test_ends_whose_squares_are_no_numbers_are_refused(ends):
+    with pytest.raises(ConfigError, match="must be above .* and t_start below 1e"):
+        ends_of(EDM(), *ends)
 
 
 def test_a_variance_preserving_schedule_ends_at_1_and_noise_levels_have_no_last():

@@ -138,6 +138,33 @@ def test_an_error_stays_until_another_reference_is_asked_for(run, results):
     assert later["reference_run"] != first["reference_run"] and later["metrics"] != first["metrics"]
 
 
+def test_an_error_that_had_no_reference_run_is_measured_when_it_has_one(run, results):
+    assert run("metrics=[sw]", REFERENCE)[0] == 0
+    assert run("metrics=[rmse]", "reference_run=null")[0] == 0
+    assert record_of(results)["asked"] == ["sw"]
+    assert run("metrics=[rmse]", REFERENCE)[0] == 0
+    assert record_of(results)["metrics"].keys() == {"sw@24", "rmse@24"}
+
+
+def test_a_reference_run_that_cannot_be_is_refused_before_the_first_image(run, results):
+    code, _, err = run("metrics=[rmse]", "reference_run=['solver=heun','nfe=3']")
+    assert code == 1 and "Heun cannot spend exactly nfe=3" in err
+    assert not [*results.glob("runs/*/*/shard-*")]
+
+
+def test_a_file_called_none_is_no_weights(run, results, tmp_path, monkeypatch):
+    (tmp_path / "None").write_text("of something else")
+    monkeypatch.chdir(tmp_path)
+    assert run("metrics=[]", "model=mixture", "protocol=none")[0] == 0
+    (manifest,) = results.glob("runs/mixture/*/manifest.json")
+    assert json.loads(manifest.read_text())["weights"] == {}
+
+
+def test_a_complete_run_has_no_locks_of_its_shards(run, results):
+    assert run("metrics=[]")[0] == 0
+    assert not [*folder_of(results).glob(".locks/shard-*")] and (folder_of(results) / ".locks").exists()
+
+
 def test_what_was_measured_before_is_kept_beside_what_is_asked_now(run, results):
     assert run("metrics=[fid,rmse,rmse_images]", REFERENCE)[0] == 0
     first = record_of(results)

@@ -13,6 +13,7 @@ import pytest
 
 from evodiff.errors import StoreError
 from evodiff.files import whole_file
+from evodiff.runs.record import Record
 from evodiff.store import SampleStore
 
 RUN = {"solver": {"name": "ddim"}, "nfe": 5}
@@ -193,7 +194,34 @@ def test_a_broken_manifest_is_refused(tmp_path):
         store_at(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"note": "mine"}, {"first": None}])
+@pytest.mark.parametrize("content", ['{"run": null}', '{"run": {}, "weights": null}'])
+def test_a_manifest_of_other_types_is_refused(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(StoreError, match="cannot be read"):
+        store_at(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_shard_is_no_shard(tmp_path):
+    fill(store_at(tmp_path))
+    (tmp_path / "shard-000000.npz").unlink()
+    (tmp_path / "shard-000000.npz").mkdir()
+    assert store_at(tmp_path).damaged() == ["shard-000000.npz"]
+
+
+@pytest.mark.parametrize("wrong", [{"metrics": None}, {"asked": None}, {"files": 3}, {"protocol": ["mnist"]}])
+def test_a_record_of_other_types_is_refused(wrong, tmp_path):
+    empty = {name: {} for name in ("run", "metrics", "weights", "shards")}
+    numbers = dict.fromkeys(("nfe", "network_passes", "images", "seconds"), 1)
+    content = {"key": "k", "protocol": None, "reference_run": None, "device": "", **empty, **numbers}
+    path = tmp_path / "score.json"
+    path.write_text(json.dumps(content))
+    assert Record.read(path).key == "k"
+    path.write_text(json.dumps({**content, **wrong}))
+    with pytest.raises(StoreError, match="cannot be read as a record"):
+        Record.read(path)
+
+
+@pytest.mark.parametrize("change", [{"note": "mine"}, {"first": None}, {"holds": None}])
 def test_a_manifest_with_other_fields_is_refused(change, tmp_path):
     fill(store_at(tmp_path))
     content = json.loads((tmp_path / "manifest.json").read_text())
@@ -272,6 +300,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
+from evodiff.runs.record import Record
 from evodiff.store import SampleStore
 import evodiff.store as module
 

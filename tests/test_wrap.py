@@ -87,6 +87,41 @@ def test_sampling_a_vp_network_on_either_schedule_gives_the_same_images():
     assert torch.allclose(*images, atol=2e-3)
 
 
+@pytest.mark.parametrize("schedule", [EDM(), DiscreteVP.linear()])
+def test_a_network_may_work_in_place(schedule):
+    """In float32 its input could be the solver's own state."""
+    kept, in_place = (
+        evodiff.wrap(Halving(inplace), predicts="x0", shape=(1, 2, 2), schedule=schedule, check=False)
+        for inplace in (False, True)
+    )
+    first, second = (evodiff.sample(m, "dpmpp_2m", 5, range(3), dtype=torch.float32).x for m in (kept, in_place))
+    assert torch.equal(first, second)
+
+
+class Halving(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.first = nn.ReLU(inplace)
+
+    def forward(self, x, t):
+        return 0.5 * self.first(x)
+
+
+def test_a_denoiser_that_changes_its_input_is_refused():
+    exact = GaussianMixture(*PARTS)
+
+    class InPlace:
+        schedule = exact.schedule
+
+        def __call__(self, x, node):
+            return x.copy_(exact(x, node))
+
+    with pytest.raises(SamplingError, match="changed its input in place.*work on a copy"):
+        evodiff.sample(InPlace(), "ddim", 3, range(2), shape=(1, 2, 2))
+    with torch.inference_mode():
+        assert evodiff.sample(exact, "ddim", 3, range(2), shape=(1, 2, 2)).nfe == 3
+
+
 def test_the_learned_variance_is_left_out():
     network = exact_network(DiscreteVP.linear(), "eps")
     seen = process(DiscreteVP.linear(), lambda node: node.t)

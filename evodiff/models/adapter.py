@@ -140,5 +140,6 @@ class NetworkDenoiser:
 
     def __call__(self, x: Tensor, node: Node) -> Tensor:
         native, own = self.process.to_native(x, node)
-        out = self.network(native.float(), self.process.labels(own, x))[:, : x.shape[1]]
+        # always a copy: networks may work in place, and this may be the solver's own state
+        out = self.network(native.to(torch.float32, copy=True), self.process.labels(own, x))[:, : x.shape[1]]
         return self.process.from_native(self.to_data(native, out.to(x.dtype), own))

@@ -1,5 +1,6 @@
 """A job: a run, and how to do it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,6 +23,8 @@ NUMBERS: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "threads": ("threads", (None,)),
 }
 """Keys of a job that count something, and the words that may stand instead."""
+MOST_THREADS = 16
+"""For each core; torch crashes where the system has no more."""
 SAVES = ("shards", "png", "grid", "none")
 FEATURES_ONLY = ("grid", "none")
 """Kinds of `save` with which shards hold features in place of images."""
@@ -51,6 +54,11 @@ class Job:
         return tuple(name for name in self.metrics if name in METRICS)
 
     @property
+    def measured(self) -> set[str]:
+        """The metrics that come of it: errors against a reference run only where there is one."""
+        return {name for name in self.metrics if self.reference_run is not None or name not in AGAINST_REFERENCE}
+
+    @property
     def reference(self) -> "Job | None":
         """What makes the reference run, for which no picture of each image is asked."""
         if self.reference_run is None:
@@ -71,6 +79,8 @@ class Job:
                 raise ConfigError(
                     f"{key}={cfg[key]} is impossible: expected a number of {counted}, at least 1{or_word}."
                 )
+        if (most := MOST_THREADS * (os.cpu_count() or 1)) < (cfg.threads or 0):
+            raise ConfigError(f"threads={cfg.threads} is impossible: more than {most} are none of use here.")
         metrics = metrics_of(cfg)
         protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
         if protocol is not None and protocol.rounding != run.rounding:
@@ -114,6 +124,12 @@ def _reference_run(run: Run, overrides: list[str], instead: list[str]) -> Run:
     """The run of the same images that `instead` describes, in place of what `overrides` say of solver and grid. Raises
     ConfigError for one that no distance can be taken to."""
     reference = Run.from_config(compose("run", [*without_solver(overrides), *instead]))
+    for text in instead:
+        if (key := text.lstrip("+~").split("=")[0].split(".")[0]) not in Run.__dataclass_fields__:
+            raise ConfigError(
+                f"reference_run={instead}: {key} makes no other run. Leave it out, or set it for the run itself: it "
+                f"holds for both. Possible: {', '.join(Run.__dataclass_fields__)}."
+            )
     if not any(text.startswith("solver=") for text in instead):
         raise ConfigError(
             f"reference_run={instead} names no solver, and the default, {reference.solver['name']}, would be meant. "

@@ -39,7 +39,13 @@ class Record:
     def read(cls, path: Path) -> "Record":
         """Raises StoreError for a file that is no record, or one of another version of this project."""
         try:
-            return cls(**json.loads(path.read_text()))
+            record = cls(**json.loads(path.read_text()))
+            of_type = {"metrics": dict, "run": dict, "shards": dict, "versions": dict, "asked": list, "files": dict}
+            if wrong := [name for name, kind in of_type.items() if not isinstance(getattr(record, name), kind)]:
+                raise TypeError(f"{wrong[0]} is of another type")
+            if not isinstance(record.protocol, dict | None):
+                raise TypeError("protocol is of another type")
+            return record
         except (OSError, ValueError, TypeError) as e:
             raise StoreError(f"{path} cannot be read as a record ({e}). Remove it: it is made anew by scoring.") from e
 

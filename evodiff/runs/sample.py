@@ -54,6 +54,7 @@ def sample_run(job: Job) -> bool:
     for name in store.lacking():
         print(f"{run.key()}: {name} has no {' and '.join(store.needs)} in it; sampling it anew", file=sys.stderr)
     if not store.missing():
+        store.tidy()
         save_pictures(job, store)
         return True
     scorer = Scorer(job.protocol, job.device, job.scored) if job.save in FEATURES_ONLY and job.protocol else None
@@ -61,6 +62,7 @@ def sample_run(job: Job) -> bool:
         _make_shards(job, model, scorer, store, read)
     if store.missing():
         return False
+    store.tidy()
     save_pictures(job, store)
     return True
 
@@ -76,10 +78,10 @@ def _make_shards(
     files = {**read, **model.files}
     store.check_files(files, unnoted=read)
     write_yaml(run.folder / "run.yaml", run.as_dict())
-    if job.batch == "auto":
-        job = replace(job, batch=batch_for(job, model, grid))
     before: list[range] = []
     missing = store.missing()
+    if job.batch == "auto" and missing:
+        job = replace(job, batch=batch_for(job, model, grid, max(map(len, missing))))
     with progress(run.key(), sum(map(len, missing))) as advance:
         while missing != before:  # others may have cut the seeds in other places, and ended
             with OneBehind() as behind:
@@ -104,8 +106,9 @@ def files_read(run: Run) -> dict[str, str]:
     """
     names = run.named("path") + [f"{folder}/{part}.npz" for folder in run.named("folder") for part in ("l", "sb")]
     found = {name: resolve(name) for name in names}
-    weights = resolve(str(run.model.get("weights")))
-    return {name: sha256(path) for name, path in {**found, weights.name: weights}.items() if path.is_file()}
+    if isinstance(weights := run.model.get("weights"), str):
+        found[Path(weights).name] = resolve(weights)
+    return {name: sha256(path) for name, path in found.items() if path.is_file()}
 
 
 def save_pictures(job: Job, store: SampleStore) -> None:
@@ -158,8 +161,8 @@ def generate_as(
     )
 
 
-def batch_for(job: Job, model: Pretrained, grid: TimeGrid) -> int:
-    """What `batch=auto` comes to for this network on this device."""
+def batch_for(job: Job, model: Pretrained, grid: TimeGrid, largest: int) -> int:
+    """What `batch=auto` comes to for this network on this device: `largest` at most."""
     run = job.run
 
     @torch.no_grad()
@@ -169,7 +172,7 @@ def batch_for(job: Job, model: Pretrained, grid: TimeGrid) -> int:
         return denoiser_for(run, model, labels)(x, grid.nodes[0])
 
     with torch.compiler.set_stance("force_eager"):  # or every size that is tried would be compiled
-        size = automatic(call, job.shard, job.device, synchronised_clock(job.device))
+        size = automatic(call, largest, job.device, synchronised_clock(job.device))
     print(f"{run.key()}: batch=auto is {size} images on {job.device}", file=sys.stderr)
     return size
 

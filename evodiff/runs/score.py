@@ -25,9 +25,12 @@ UNKNOWN = "unknown"
 
 
 def check_scorable(job: Job) -> None:
-    """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, or images
-    that do not suit the protocol."""
+    """Raise now what scoring would raise after hours of sampling: files that are not here, a single image, images that
+    do not suit the protocol, or a reference run that cannot be."""
     current = current_record(job)  # of every job, for this raises what a damaged folder raises
+    if current is None and job.reference and store_of(job.reference).missing():
+        with loaded(job.run, job.device) as model:
+            job.reference.run.plan(model)
     if current is None and job.protocol and job.scored:
         if len(job.run.seed_range) < 2:
             seed = job.run.seeds[0]
@@ -90,7 +93,7 @@ def _scored(job: Job) -> Record:
         reference_run=reference.run.key() if reference else before.reference_run if before else None,
         device=", ".join(sorted({shard.device for shard in store.shards} - {""})) or device_name(job.device),
         versions=versions(),
-        asked=list(dict.fromkeys([*asked, *job.metrics])),
+        asked=list(dict.fromkeys([*asked, *filter(job.measured.__contains__, job.metrics)])),
         files=files,
     )
     record.write(_score_file(job))
@@ -121,7 +124,7 @@ def current_record(job: Job) -> Record | None:
     """The record of a run, if it is of the images that are there and has what is asked."""
     reference = job.reference_run.key() if job.reference_run else None
     record = scored_before(job)
-    has_all = record and {*job.metrics} <= {*record.asked} and reference in (None, record.reference_run)
+    has_all = record and job.measured <= {*record.asked} and reference in (None, record.reference_run)
     return record if has_all else None
 
 

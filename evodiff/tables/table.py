@@ -263,7 +263,7 @@ class Table:
             if (
                 record is not None
                 and (record.protocol or {}).get("hash") == wanted
-                and {*job.metrics} <= {*record.asked}
+                and job.measured <= {*record.asked}
                 and reference in (None, record.reference_run)
             ):
                 return record
@@ -390,8 +390,8 @@ def _read_record(path: Path, written: int) -> Record | None:
 
 def _results(job: Job) -> Set[str]:
     """What a table shows of the metrics that a job asks for."""
-    n, asked = len(job.run.seed_range), {*job.metrics}
-    of_samples = asked & {*OF_IMAGES, *(AGAINST_REFERENCE if job.reference_run else ())}
+    n = len(job.run.seed_range)
+    of_samples = job.measured & {*OF_IMAGES, *AGAINST_REFERENCE}
     scored = result_names([name for name in job.metrics if name in METRICS], job.protocol, n) if job.protocol else set()
     return {f"{name}@{n}" for name in of_samples} | scored
 
