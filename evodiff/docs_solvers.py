@@ -75,8 +75,11 @@ steps are and what to make of the network's answers, so a better solver needs fe
 same image. Every solver below is one file in `evodiff/solvers/` and one configuration in `configs/solver/`; choose it
 by its name, as in `evodiff run solver=unipc_3 nfe=10`, and change a field with `solver.FIELD=VALUE`.
 
-Which one? [Results](results.md) ranks all of them on the shipped model of digits. Nothing was measured on photographs,
-so compare on your own model: `evodiff run -m solver=unipc_3,dpmpp_2m,evodiff nfe=5,10,20`.
+Which one? Without a reason to choose, `unipc_3`: from 10 evaluations on its images are among the closest to the model's
+own, and it needs no settings. `evodiff` where a Fréchet distance at 7 to 15 evaluations is what counts, knowing that
+its last step adds contrast; `heun` from some 20 evaluations if a plain method will do. This is from one small model of
+digits ([Results](results.md) ranks all of them); nothing was measured on photographs, so compare on your own model:
+`evodiff run -m solver=unipc_3,dpmpp_3m,evodiff,heun nfe=5,10,20`.
 
 This page is written by `evodiff docs solvers` from the solvers themselves, and `evodiff docs solvers --check` fails
 where it no longer agrees with them.

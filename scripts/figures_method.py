@@ -175,11 +175,12 @@ def draw_grids(found: Numbers) -> plt.Figure:
         axes[0].plot(line["t"], line["kappa"], color=COLOURS[i], label=name)
     axes[0].set(xlabel="t / t_start", title="kappa = sigma / alpha of a schedule", yscale="log")
     for i, (name, line) in enumerate(found["spaced"].items()):
-        style = {"color": COLOURS[i], "marker": MARKERS[i], "ms": 4, "label": name}
+        style = {"color": COLOURS[i + 3], "marker": MARKERS[i], "ms": 4, "label": name}
         axes[1].plot(line["kappa"], **style)
         axes[2].plot(range(1, len(line["h"]) + 1), line["h"], **style)
     axes[1].set(xlabel="node", title="kappa at the nodes of 10 steps, LinearVP", yscale="log")
     axes[2].set(xlabel="step", title="h = 1/kappa_t - 1/kappa_s of each step", yscale="log")
+    axes[1].legend(fontsize=9, frameon=False)
     return finished(figure, axes)
 
 

@@ -21,7 +21,7 @@ from evodiff.runs.record import Record
 from evodiff.runs.score import score_files
 from evodiff.tables import html as report_page
 from evodiff.tables import published
-from evodiff.tables.chart import CHART_JS, chart
+from evodiff.tables.chart import CHART_JS, OF_IMAGES, SWITCHES, chart
 from evodiff.tables.table import Table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -155,12 +155,12 @@ def test_of_many_rows_the_foremost_are_shown_at_first():
 
 def test_confidence_is_named_for_what_it_is_from():
     curves = {"a": Curve({5: 1.0}, {5: 0.1}, {})}
-    assert "95 % confidence</label>" in chart(curves, {}, "fid", "")
-    assert "95 % confidence, from one run's images</label>" in chart(curves, {}, "fid", "", one_set=True)
+    assert "95 % confidence, between runs</label>" in chart(curves, {}, "fid", "")
+    assert "±1.96 standard errors, from one run's images</label>" in chart(curves, {}, "fid", "", one_set=True)
     assert "95 %" not in chart({"a": Curve({5: 1.0}, {}, {})}, {}, "fid", "")
 
 
-@pytest.mark.parametrize(("sets", "told"), [(["0-99"], ", from one run's images"), (["0-99", "100-199"], "")])
+@pytest.mark.parametrize(("sets", "told"), [(["0-99"], OF_IMAGES), (["0-99", "100-199"], SWITCHES["bands"])])
 def test_a_page_tells_what_its_confidence_is_from(sets, told, small):
     table = small(
         {"DDIM": ["solver=ddim"]},
@@ -177,7 +177,7 @@ def test_a_page_tells_what_its_confidence_is_from(sets, told, small):
     )
     assert table.make() == 0
     page = (table.folder / "report.html").read_text()
-    assert f'name="bands" checked> 95 % confidence{told}</label>' in page
+    assert f'name="bands" checked> {told}</label>' in page
 
 
 def facts_of(table):

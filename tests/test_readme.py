@@ -15,7 +15,7 @@ from evodiff.config import build, choices, compose
 from evodiff.data import mnist_digits
 from evodiff.paths import ROOT
 from evodiff.tables.table import Table
-from evodiff.tables.throughput import known_rates
+from evodiff.tables.throughput import known_rates, rate_on
 
 README = (ROOT / "README.md").read_text()
 COMMAND = re.compile(r"^evodiff (\w+)((?: [^\s#]+)*)", re.M)
@@ -121,6 +121,8 @@ def test_the_cost_of_a_table_is_from_throughputs():
     assert f"takes {todo / 1e6:.3g} million evaluations" in told
     v100 = known_rates()["one V100 in fp32"]["cifar10_edm"].value
     assert f"some {round(todo / v100 / 3600, -1):.0f} hours on one V100" in told
+    a100 = rate_on(known_rates()["one A100 in fp16"], "cifar10_edm").value
+    assert f"some {todo / a100 / 3600:.0f} hours on one A100 in fp16" in told
     assert f"and {round(todo / rate / 3600, -2):,.0f} on the two CPU cores" in told
     assert f"makes {rate:.3g} a second" in told
 

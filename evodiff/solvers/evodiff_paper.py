@@ -6,13 +6,13 @@ One evaluation per step: a probe by the backward difference, the network there, 
     B = B_l + eta (B_u - B_l),    eta* = -<B_u - B_l, B_l> / |B_u - B_l|^2,    eta = sigmoid(|eta*|)
     zeta* = -<D_i, P> / (sigma_t h |D_i|^2),    zeta = sigmoid(-(|zeta*| - mu))
 
-What is not published, and what is taken here: D_i is h B / 2, so that zeta multiplies the second-order term; B_l and
-B_u are the backward difference of D over the previous step and the forward one to the probe (l_i, u_i), the previous
-step being as long as log kappa says it is, as in the released code (in 1/kappa few steps diverge); P is the first-order
-arrival from s less the one from the probe, sigma_t h (D(x_s) - D(probe)), which zeta* makes agree; so zeta* divides by
-the sigma_t of the arrival, where the paper's index, that of the departure, would leave the ratio of the two in it; the
-probe is the step with B = B_l and zeta = 1, 2nd-order DPM-Solver++; the last step is DDIM. Inner products are over all
-of an image, as written. The released code differs in each of these (`evodiff.py`).
+What our notes on the paper do not say, and what is taken here: D_i is h B / 2, so that zeta multiplies the second-order
+term; B_l and B_u are the backward difference of D over the previous step and the forward one to the probe (l_i, u_i),
+the previous step being as long as log kappa says it is, as in the released code (in 1/kappa few steps diverge); P is
+the first-order arrival from s less the one from the probe, sigma_t h (D(x_s) - D(probe)), which zeta* makes agree; so
+zeta* divides by the sigma_t of the arrival, where the paper's index, that of the departure, would leave the ratio of
+the two in it; the probe is the step with B = B_l and zeta = 1, 2nd-order DPM-Solver++; the last step is DDIM. Inner
+products are over all of an image, as written. The released code differs in each of these (`evodiff.py`).
 
 What it is, measured: zeta < 1 always, so the second-order term is never whole and the order is 1, not the paper's 2;
 with the field zeta = 1 it is 2.

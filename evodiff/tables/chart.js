@@ -58,7 +58,7 @@ document.querySelectorAll(".chart").forEach((box, k) => {
       const line = r.ours.map(([n, v]) => `${X(n)} ${Y(v)}`).join(" ");
       s += `<polyline points="${line}" fill="none" ${stroke(r)} stroke-width="1.8"/></g>`;
       for (const [n, v, h] of r.ours)
-        s += `<circle cx="${X(n)}" cy="${Y(v)}" r="3.2" fill="${r.colour}"><title>${escape(r.name)}, NFE ${n}: ${text(v)}${h ? ", 95 %: ± " + text(h) : ""}</title></circle>`;
+        s += `<circle cx="${X(n)}" cy="${Y(v)}" r="3.2" fill="${r.colour}"><title>${escape(r.name)}, NFE ${n}: ${text(v)}${h ? " ± " + text(h) : ""}</title></circle>`;
       if (papers) for (const [n, v] of r.papers)
         s += `<circle class="paper" cx="${X(n)}" cy="${Y(v)}" r="5" fill="none" stroke="${r.colour}" stroke-width="1.4" pointer-events="all"><title>${escape(r.name)}, NFE ${n}: paper ${text(v)}</title></circle>`;
       s += "</g>";

@@ -50,10 +50,11 @@ def chart(
 SWITCHES = {
     "logy": "logarithmic axis",
     "logx": "logarithmic NFE",
-    "bands": "95 % confidence",
+    "bands": "95 % confidence, between runs",
     "papers": "papers (hollow)",
 }
-OF_IMAGES = "95 % confidence, from one run's images"
+OF_IMAGES = "±1.96 standard errors, from one run's images"
+"""No confidence of 95 %: sets of seeds differ by more (docs/results.md)."""
 
 CHART_CSS = """
 .chart figure { margin: .3rem 0; } .chart figure svg { width: 100%; height: auto; }
