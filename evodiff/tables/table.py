@@ -353,7 +353,7 @@ class Table:
             except EvodiffError:  # the records came without the reference file
                 floor = None
             if floor is not None:
-                found[f"noise floor ({floor['n']:,} against {floor['n']:,} real)"] = floor["distance"]
+                found[f"noise floor at {floor['n']:,}"] = floor["distance"]
         runs = [job.run for job in self.references.values()]
         if all(replace(run, seeds=runs[0].seeds) == runs[0] for run in runs):
             jobs = self.references.values()
