@@ -267,13 +267,14 @@ class FromFile:
 
 
 FARTHEST = 1e-12
+"""Times nearer to 0, or to infinity, have squares and powers that are no numbers."""
 
 
 def ends(schedule: NoiseSchedule, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     """The times between which to integrate: the schedule's own unless given. Raises ConfigError for impossible ones."""
     t_start = schedule.t_start if t_start is None else t_start
     t_end = schedule.t_end if t_end is None else t_end
-    if not 1 / FARTHEST > t_start > t_end > FARTHEST:  # their squares and powers are numbers still
+    if not 1 / FARTHEST > t_start > t_end > FARTHEST:
         raise ConfigError(
             f"t_start={t_start} must be above t_end={t_end}, t_end above {FARTHEST:g}, and t_start below "
             f"{1 / FARTHEST:g}; for a last step to 0 set denoise_final=true"

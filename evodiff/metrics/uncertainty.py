@@ -58,8 +58,8 @@ def frechet_infinity(
     """The distance at N -> infinity (arXiv 1911.07023): the intercept of a line in 1/N through `points` subset sizes.
 
     Sizes are even from `smallest` (or a tenth of n, if that is less) to n, but from twice the number of features at
-    least: of fewer images the distance is no line in 1/N. Subsets are random, as in the paper. Raises MetricError below
-    `least_for_a_limit` images.
+    least: with fewer images the distance is not linear in 1/N. Subsets are random, as in the paper. Raises MetricError
+    below `least_for_a_limit` images.
     """
     n, d = features.shape
     if n < (least := least_for_a_limit(d)):

@@ -80,7 +80,7 @@ class Job:
                     f"{key}={cfg[key]} is impossible: expected a number of {counted}, at least 1{or_word}."
                 )
         if (most := MOST_THREADS * (os.cpu_count() or 1)) < (cfg.threads or 0):
-            raise ConfigError(f"threads={cfg.threads} is impossible: more than {most} are none of use here.")
+            raise ConfigError(f"threads={cfg.threads} is impossible: more than {most} threads are of no use here.")
         metrics = metrics_of(cfg)
         protocol = None if cfg.protocol.name == "none" else from_dict(dict(cfg.protocol))
         if protocol is not None and protocol.rounding != run.rounding:
