@@ -66,7 +66,11 @@ def test_help_of_a_sweep_is_shown_and_nothing_is_run(evodiff_command, results, f
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--dryrun", "--dryrun does nothing with -m, which takes key=value only"), ("--nfe=6", "Write nfe=6")],
+    [
+        ("--cfg=job", "--cfg=job does nothing with -m, which takes key=value only"),
+        ("--dryrun", "--dryrun does nothing here. Possible: -m, --help"),
+        ("--nfe=6", "Write nfe=6"),
+    ],
 )
 def test_a_flag_beside_a_sweep_is_refused(evodiff_command, results, flag, message):
     code, _, err = evodiff_command("sample", "-m", flag, *MIXTURE, "solver=ddim", "nfe=5")
