@@ -156,8 +156,8 @@ def save_trajectories(path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarra
             axis.imshow(image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
             axis.set_title(name, fontsize=7, pad=2)
         line[0].set_ylabel(label, fontsize=8, **UPRIGHT)
-    figure.suptitle(f"D at each noise-to-signal ratio, {title}", fontsize=9)
     figure.tight_layout(pad=0.3)
+    figure.suptitle(f"D at each noise-to-signal ratio, {title}", fontsize=9, y=1.0, va="bottom")  # above all labels
     _save(figure, path, fitted=True)
 
 

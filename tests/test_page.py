@@ -142,6 +142,35 @@ def test_bands_stay_in_the_figure(logarithmic):
     assert np.ptp(points[:, 1]) > 0.8 * height  # and they are what the range is made for
 
 
+def words_of(seen, axis):
+    """The numbers along an axis, and the words besides."""
+    anchor = {"y": "end", "x": "middle"}[axis]
+    return re.findall(f'<text x="[^"]*" y="[^"]*" text-anchor="{anchor}">(.*?)</text>', seen["figure"])
+
+
+@needs_node
+@pytest.mark.parametrize(("value", "least"), [(1.0, "0"), (-1.0, "-1")])
+def test_a_linear_axis_begins_at_0_or_the_least_value(value, least):
+    block = chart({"a": Curve({5: value, 8: 2.0}, {5: 3.0, 8: 3.0}, {})}, {}, "fid", "")
+    *_, seen = drawn(block, "set('logy', false)")
+    assert words_of(seen, "y")[0] == least
+
+
+@needs_node
+def test_no_budget_is_broken():
+    (seen,) = drawn(chart({"a": Curve({5: 1.0, 8: 2.0}, {}, {})}, {}, "fid", ""))
+    assert words_of(seen, "x") == ["5", "6", "7", "8", "NFE"]
+
+
+@needs_node
+@pytest.mark.parametrize(("near", "anchor"), [(25, "start"), (5, "end")])
+def test_a_level_is_named_on_top_of_the_curves_where_none_is(near, anchor):
+    around = {name: Curve({5: 9.0, 25: 9.0} | {near: value}, {}, {}) for name, value in (("a", 2.1), ("b", 1.9))}
+    (seen,) = drawn(chart(around, {"converged": 2.0}, "fid", ""))
+    name = f'text-anchor="{anchor}" paint-order="stroke" stroke="#fff" stroke-width="4">converged: 2</text>'
+    assert name in seen["figure"][seen["figure"].rindex("<circle") :]
+
+
 @needs_node
 def test_of_many_rows_the_foremost_are_shown_at_first():
     curves = {f"m{i:02}": Curve({5: float(i + 1), 10: float(100 - i)}, {}, {}) for i in range(30)}

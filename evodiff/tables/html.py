@@ -166,7 +166,7 @@ def _papers_only(table: "Table") -> list[str]:
         "<h2>Published only</h2><p>Numbers without a cell above: trained or searched methods, settings that are not "
         "stated, other networks of the same data, other ways of scoring.</p>",
         _details(
-            f"{len(found)} numbers",
+            f"{len(found)} number{'s' * (len(found) > 1)}",
             _rows(["method", "variant", "value @NFE", "metric", "source", "confidence", "network"], rows),
         ),
     ]
@@ -289,6 +289,7 @@ td.ok, .chip.ok {{ background: #e7f4e8; }} td.off, .chip.off {{ background: #fbe
 td.proxy, .chip.proxy {{ background: #fdf3d6; }} td.missing {{ color: #999; }} .chip.missing {{ background: #eee; }}
 .chip {{ padding: .15rem .6rem; border-radius: 1rem; margin-right: .5rem; font-size: .85rem; background: #eef; }}
 table.facts td, table.facts th {{ text-align: left; white-space: normal; }}
+table.facts th[scope=row] {{ width: min(17.5rem, 35vw); overflow-wrap: anywhere; }}
 table.facts code {{ white-space: normal; word-break: break-word; }}
 code {{ font-size: .8rem; }} summary {{ cursor: pointer; }}
 figure {{ margin: 1rem 0; }} img {{ max-width: 100%; height: auto; }}
