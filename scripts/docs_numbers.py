@@ -35,8 +35,9 @@ class Numbers:
 
     @property
     def gained(self) -> list[int]:
-        """The budgets at which every row was scored with gains."""
-        without = {nfe for (_, nfe, k), key in self.table.keys.items() if k == 0 and key not in self.matched}
+        """The budgets at which every row was scored with gains, on some set of seeds."""
+        scored = {(row, nfe) for (row, nfe, _), key in self.table.keys.items() if key in self.matched}
+        without = {nfe for _, nfe in self.table.cells.keys() - scored}
         return [nfe for nfe in self.nfe if nfe not in without]
 
     def __call__(self, metric: str, row: str, nfe: int) -> float:

@@ -72,6 +72,12 @@ def test_a_default_written_out_is_the_same_run():
     assert essential(solver | {"mu": 0.25}) == solver | {"mu": 0.25}
 
 
+@pytest.mark.parametrize("key", ["t_start", "t_end"])
+def test_a_whole_time_with_a_point_is_the_same_run(key):
+    keys = [run_of(f"{key}={value}").key() for value in ("6", "6.0", "6e0", "6.5")]
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
 @pytest.mark.parametrize(("text", "expected"), [("0-999", range(1000)), ("7", range(7, 8)), ("5-5", range(5, 6))])
 def test_seed_ranges(text, expected):
     assert parse_range(text) == expected

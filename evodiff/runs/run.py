@@ -67,8 +67,11 @@ class Run:
             if type(content[key]) is not bool:
                 raise ConfigError(f"{key}={content[key]} is impossible; possible: true, false.")
         for key in ("t_start", "t_end"):
-            if content[key] is not None and type(content[key]) not in (int, float):
+            if content[key] is None:
+                continue
+            if type(content[key]) not in (int, float):
                 raise ConfigError(f"{key}={content[key]} is impossible: expected a number, or null.")
+            content[key] = float(content[key])  # 40 and 40.0 are one run
         fields = {name: content[name] for name in cls.__dataclass_fields__ if name != "seeds"}
         return cls(**fields, seeds=(seeds.start, seeds.stop - 1))
 
