@@ -91,6 +91,8 @@ solution itself. What lies below that line cannot be a better solution of the OD
 the five of the first table EVODiff alone does so; of all solvers others do, without a final rule of their own: at 10
 evaluations {below[10]}; at 20 {below[20]}.
 """
+    for picture in ("fid", "rmse"):
+        yield f"![{picture} of five solvers against NFE](../results/tables/mnist/{picture}_vs_nfe.png)"
 
 
 def _gain() -> Iterable[str]:

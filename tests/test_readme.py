@@ -54,6 +54,14 @@ def test_every_link_leads_somewhere():
         assert (ROOT / target).exists(), target
 
 
+def test_where_the_second_is_not_told_apart_is_as_the_results_say():
+    told, results = (" ".join(text.split()) for text in (README, (ROOT / "docs" / "results.md").read_text()))
+    unsure = re.search(r"\(At ([\d, and]+) the second is not told apart from the first", told)[1]
+    leads = results.partition("Lowest `fd_mnist` at")[2].partition(", by more than")[0].split("; ")
+    budgets = [lead.partition(", at ")[2] for lead in leads if "not told apart" in lead]
+    assert re.findall(r"\d+", unsure) == sorted(re.findall(r"\d+", " ".join(budgets)), key=int)
+
+
 def test_the_numbers_beside_the_figure_are_those_of_the_records():
     told = " ".join(README.partition("Ten thousand images")[2].partition("## Start")[0].split())
     tables = ROOT / "results" / "tables"
