@@ -1,4 +1,4 @@
-"""What a denoiser is, and the wrappers that count its calls or limit its output."""
+"""What a denoiser is, and the wrappers that count its calls, divide its batch or limit its output."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -44,6 +44,22 @@ class Counting:
                 f"the shape of its input."
             )
         return D
+
+
+class OfBatch:
+    """The denoiser that `make` has for the labels of a batch, int64 [B] or None, which can be had for a part of it."""
+
+    def __init__(self, make: Callable[[Tensor | None], Denoiser], labels: Tensor | None):
+        self.make, self.labels = make, labels
+        self.denoiser = make(labels)
+        self.schedule = self.denoiser.schedule
+
+    def __call__(self, x: Tensor, node: Node) -> Tensor:
+        return self.denoiser(x, node)
+
+    def part(self, images: Tensor) -> Denoiser:
+        """The denoiser of some `images`, their places in the batch, int64 [b]."""
+        return self.denoiser if self.labels is None else self.make(self.labels[images])
 
 
 class Clipped:

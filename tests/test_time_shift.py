@@ -4,10 +4,14 @@ import pytest
 import torch
 from exact import VP, grid, mixture, start
 
-from evodiff.denoiser import Counting
+from evodiff.config import compose
+from evodiff.denoiser import Counting, OfBatch
 from evodiff.errors import ConfigError
 from evodiff.grid import Step, TimeGrid, TimeUniform
 from evodiff.models.loading import scaled_linear_betas
+from evodiff.models.pretrained import Pretrained
+from evodiff.runs.run import Run
+from evodiff.runs.sample import denoiser_for
 from evodiff.sampling import integrate
 from evodiff.schedule import EDM, DiscreteVP
 from evodiff.solvers.ddim import DDIM
@@ -77,6 +81,50 @@ def test_different_times_in_a_batch_are_one_evaluation_per_image():
     assert counting.nfe == 1
     expected = torch.stack([model(x, a)[0], model(x, b)[1], model(x, a)[2]])
     assert torch.equal(D, expected)
+
+
+def test_a_batch_is_divided_by_its_times():
+    """Each image is given to the network once, with its own label."""
+    asked = []
+
+    class Labelled:
+        schedule = VP
+
+        def __init__(self, labels):
+            self.labels = labels
+
+        def __call__(self, x, node):
+            asked.append((self.labels.tolist(), node))
+            return self.labels.view(-1, 1, 1, 1) * x + node.sigma
+
+    x, (a, b) = start(VP, (2, 3, 3)), UNIFORM.nodes[2:4]
+    counting = Counting(OfBatch(Labelled, torch.tensor([5, 7, 9])))
+    D = at_each(counting, x, [a, b, a])
+    assert asked == [([5, 9], a), ([7], b)]
+    assert counting.nfe == 1
+    assert torch.equal(D, torch.stack([5 * x[0] + a.sigma, 7 * x[1] + b.sigma, 9 * x[2] + a.sigma]))
+
+
+def test_a_part_of_a_batch_without_labels_has_none():
+    model = mixture(VP)
+    assert OfBatch(lambda labels: model, None).part(torch.tensor([0, 2])) is model
+
+
+@pytest.mark.parametrize(("overrides", "sizes"), [((), [2, 1]), (("compile=true",), [3, 3])])
+def test_the_batches_of_a_run_are_divided_unless_compiled(overrides, sizes):
+    """A compiled network would be compiled for each size."""
+    run = Run.from_config(compose("run", ["solver=ts_ddim", *overrides]))
+    inner, asked = mixture(VP), []
+
+    def denoiser(x, node):
+        asked.append(len(x))
+        return inner(x, node)
+
+    denoiser.schedule = VP
+    model = Pretrained(lambda labels: denoiser, (2, 3, 3))
+    a, b = UNIFORM.nodes[2:4]
+    at_each(Counting(denoiser_for(run, model, None)), start(VP, (2, 3, 3)), [a, b, a])
+    assert asked == sizes
 
 
 def test_a_shifted_ddim_step_by_hand():

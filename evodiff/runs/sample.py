@@ -16,7 +16,7 @@ from torch import Tensor
 from evodiff.background import OneBehind, one_ahead
 from evodiff.config import build
 from evodiff.cpu import use_cpu
-from evodiff.denoiser import Denoiser, threshold_of
+from evodiff.denoiser import Denoiser, OfBatch, threshold_of
 from evodiff.device import device_name
 from evodiff.files import sha256, whole_file
 from evodiff.grid import TimeGrid
@@ -180,8 +180,13 @@ def batch_for(job: Job, model: Pretrained, grid: TimeGrid, largest: int) -> int:
 def denoiser_for(run: Run, model: Pretrained, labels: Tensor | None) -> Denoiser:
     """The denoiser of one batch: guided towards its labels, thresholded."""
     labels = None if labels is None else labels.to(model.device)
-    thresholded = threshold_of(run.threshold, latent=model.decode is not None)
-    return thresholded(build(run.guidance)(model, labels))
+    thresholded, guided = threshold_of(run.threshold, latent=model.decode is not None), build(run.guidance)
+
+    def of(labels: Tensor | None) -> Denoiser:
+        return thresholded(guided(model, labels))
+
+    # a compiled network would be compiled anew for each size that a part of a batch has
+    return of(labels) if run.compile else OfBatch(of, labels)
 
 
 @dataclass(frozen=True)

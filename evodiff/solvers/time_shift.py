@@ -5,8 +5,9 @@ window around the grid's, whose noise variance is nearest to the state's own var
 from there. Below a cutoff the grid's times are kept. The released code turns this round: it asks the network at the
 grid's time and moves the time at which the step ends; with window=0 the two are one.
 
-Each image has its own time, so a batch costs one network pass per distinct time chosen in it, though each image is
-evaluated once and NFE counts that. The window does not shrink with the step: the method does not converge.
+Each image has its own time, so a batch is divided by the times chosen in it, one network pass for each; a denoiser that
+cannot be had for a part of its batch (OfBatch) makes each pass over all of it. Each image is evaluated once, and NFE
+counts that. The window does not shrink with the step: the method does not converge.
 
 Times are those of DDPM's schedule, 0 to 1, whatever the model's schedule is, matched by half-log-SNR, and the state is
 taken at its VP scale.
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evodiff.denoiser import Counting, Denoiser
+from evodiff.denoiser import Counting, Denoiser, OfBatch
 from evodiff.fields import check_known, check_number
 from evodiff.grid import Step
 from evodiff.schedule import LinearVP, Node
@@ -98,13 +99,21 @@ class TimeShift(Solver):
 
 
 def at_each(denoise: Denoiser, x: Tensor, nodes: Sequence[Node]) -> Tensor:
-    """D of each image at its own node: one pass over the batch per distinct node, one evaluation per image."""
+    """D of each image at its own node: one pass per distinct node, one evaluation per image."""
     first, *others = dict.fromkeys(nodes)
-    D = denoise(x, first)
-    inner = denoise.denoiser if isinstance(denoise, Counting) else denoise
-    for node in others:
-        here = torch.tensor([n == node for n in nodes], device=x.device).view(-1, *[1] * (x.ndim - 1))
-        D = torch.where(here, inner(x, node), D)
+    if not others:
+        return denoise(x, first)
+    inner = denoise
+    if isinstance(denoise, Counting):
+        inner = denoise.denoiser
+        denoise.nfe += 1
+    D = torch.empty_like(x)
+    for node in (first, *others):
+        here = torch.tensor([i for i, n in enumerate(nodes) if n == node], device=x.device)
+        if isinstance(inner, OfBatch):
+            D[here] = Counting(inner.part(here))(x[here], node)
+        else:
+            D[here] = Counting(inner)(x, node)[here]
     return D
 
 
