@@ -46,8 +46,12 @@ def percent(share: float) -> str:
 
 
 def percents(shares: list[float]) -> str:
-    *rest, last = map(percent, shares)
-    return f"{', '.join(rest)} and {last}"
+    return listed([*map(percent, shares)])
+
+
+def listed(items: list[str]) -> str:
+    *rest, last = items
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def reading() -> str:
@@ -221,7 +225,7 @@ def _seeds() -> Iterable[str]:
 the three sets of seeds the distances scatter more: by {show(between[0][0])} times that ± on the trained
 model ({between[0][1]} cells), by {show(between[1][0])} times on the oracle, the exact denoiser of 500 digits, below
 ({between[1][1]} cells). All cells share the three sets, so that neither ratio is known well. The same solver
-is first in each set, but for the model at {" and ".join(moved[0])} evaluations. First on the model: {told[0]}.
+is first in each set, but for the model at {listed(moved[0])} evaluations. First on the model: {told[0]}.
 First on the oracle: {told[1]}. By the mean of the sets `evodiff` is number {", ".join(places)} samplers of the
 model at {", ".join(map(str, firsts[0]))} evaluations.
 """
